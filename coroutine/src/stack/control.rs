@@ -1,0 +1,367 @@
+//! The control block at the top of each stack, and the switches to and from it.
+//!
+//! A *slot* is a stack with its control block; it has one life after the other. Each begins with
+//! its entry closure written to the top of the stack below the control block, and ends with the
+//! stack empty.
+//!
+//! ```text
+//!            create              enter                 enters another
+//!    Free -----------> New ---------------> Running -------------------> Entered
+//!     ^                 |                   ^  | |  <------------------
+//!     |<----------------+ dropped unstarted |  | |     that comes back
+//!     |                                     |  | |
+//!     |     release, in the resumer         |  | | entry returned or panicked
+//!     +---- Finished <----------------------|--|-+
+//!                                           |  |
+//!                        resumed by hand,   |  | suspend, or wait for an operation
+//!                  by a wake, or completed  |  v
+//!                            +------------- Suspended / Waiting
+//!                            |                 |
+//!                         Queued <-------------+ woken or completed by a running coroutine (1.9)
+//! ```
+//!
+//! A hook's veto (rule 1.6) puts `Kept` between Finished and Free: until the handle is dropped.
+//!
+//! Who may touch what: `life`, `thread` and `mark` are atomics, any thread may read them at any
+//! time. All else belongs to the thread on which this life runs (before its first entry: to whoever
+//! holds it; between two lives: to the pool that holds the slot). `life` matches and `thread` is
+//! mine: then all of it is mine.
+
+use std::any::Any;
+use std::backtrace::Backtrace;
+use std::cell::{Cell, UnsafeCell};
+use std::mem::MaybeUninit;
+use std::panic::Location;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use corosensei::Yielder;
+use corosensei::stack::valgrind::ValgrindStackRegistration;
+use corosensei::stack::{Stack, StackPointer};
+
+use crate::protocol::mark::WakeMark;
+use crate::release::Hook;
+use crate::schedule::Schedule;
+
+/// In `Control::life`: over, and kept for the handle of this life.
+pub(crate) const KEPT: u64 = 1 << 63;
+
+/// Where a coroutine stands in its life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum Phase {
+    /// Idle: the slot is in a pool.
+    Free,
+    /// Created, never entered.
+    New,
+    /// Suspended by `Co::suspend`: entering by hand or a wake resumes it.
+    Suspended,
+    /// Waits for an operation: only its completion resumes it (rule 2.1).
+    Waiting,
+    /// Woken by a running coroutine, and in its queue (rule 1.9).
+    Queued,
+    /// The current coroutine of its thread.
+    Running,
+    /// Has entered another one and waits for it to come back.
+    Entered,
+    /// The entry has returned; the resumer is about to release the slot.
+    Finished,
+    /// Over, and its release hook has vetoed: the slot belongs to the handle until that is dropped.
+    Kept,
+}
+
+/// The switch; made anew for each life, which costs a few stores.
+type Raw = corosensei::Coroutine<(), (), (), SlotStack>;
+
+/// What is known about a coroutine, at the top of its stack. See the head of this file for who may
+/// touch what.
+#[repr(C, align(64))]
+pub(crate) struct Control {
+    // ---- one line that each switch touches
+    pub(crate) phase: Cell<Phase>,
+    /// A wake came while this coroutine could not be resumed: its next bare suspend returns at
+    /// once.
+    pub(crate) pending: Cell<bool>,
+    /// A resume is no plain resume: it unwinds, because the handle was dropped; or, while
+    /// `telling`, only tells where this coroutine stands.
+    pub(crate) unwinding: Cell<bool>,
+    /// The thread was panicking already when this coroutine was last entered.
+    pub(crate) entered_panicking: Cell<bool>,
+    /// Belongs to a home or to nobody: dropping the handle does nothing.
+    pub(crate) detached: Cell<bool>,
+    /// Has suspended in this life.
+    pub(crate) suspended: Cell<bool>,
+    /// Has a home.
+    pub(crate) homed: Cell<bool>,
+    /// Has moved to another home in this life.
+    pub(crate) moved: Cell<bool>,
+    /// Has a release hook; never together with a home.
+    pub(crate) hooked: Cell<bool>,
+    class: u8,
+    yielder: Cell<*const Yielder<(), ()>>,
+    raw: UnsafeCell<MaybeUninit<Raw>>,
+    /// First of the coroutines that this one has woken while it ran (rule 1.9).
+    pub(crate) wakes_head: Cell<Option<&'static Control>>,
+    /// Process-unique number of this life; 0 while the slot is free.
+    pub(crate) life: AtomicU64,
+
+    // ---- one line that a wake, a creation or an end touches
+    /// Number of the thread on which this life runs; 0 before its first entry.
+    pub(crate) thread: AtomicU64,
+    /// Record of that thread (a `pool::Thread`); valid while `thread` is not 0.
+    pub(crate) bound_to: Cell<*const ()>,
+    pub(crate) mark: WakeMark,
+    pub(crate) wakes_tail: Cell<Option<&'static Control>>,
+    /// Next in the list that this one is in: a wake queue, or a pool.
+    pub(crate) next: Cell<Option<&'static Control>>,
+    /// Locks held: `[Hold::Lock, Hold::GraphRead]`.
+    pub(crate) holds: [Cell<u32>; 2],
+    /// Where it suspended last.
+    pub(crate) suspended_at: Cell<&'static Location<'static>>,
+    /// Number of the switch of its thread that entered it last.
+    pub(crate) entered_as: Cell<u64>,
+    /// Frames that must not be unwound, because somebody else works on memory of this stack.
+    pub(crate) pinned: Cell<u32>,
+
+    // ---- the rest
+    home: UnsafeCell<Option<Arc<dyn Schedule>>>,
+    pub(crate) panic: Cell<Option<Box<dyn Any + Send>>>,
+    /// Somebody wants to know where this coroutine stands: it captures a backtrace when it is
+    /// resumed, and suspends again.
+    pub(crate) telling: Cell<bool>,
+    /// What it told.
+    pub(crate) told: Cell<Option<Box<Backtrace>>>,
+    /// Decides about the stack at the end of this life, while `hooked`.
+    pub(crate) release_hook: Cell<Option<Hook>>,
+    pub(crate) name: Cell<&'static str>,
+    pub(crate) created: Cell<&'static Location<'static>>,
+    /// What it waits for, while `Waiting`.
+    pub(crate) waits_for: Cell<&'static str>,
+    marked_by: AtomicPtr<Location<'static>>,
+    low: *mut u8,
+    /// The home that a life of this number has moved to. Any thread.
+    pub(crate) forward: Mutex<Option<(u64, Arc<dyn Schedule>)>>,
+}
+
+// SAFETY: the cells are touched only by the thread that owns this life (see the head of this file),
+// and ownership moves between threads only through a lock or through a `Ready`, which its scheduler
+// passes on with synchronisation of its own.
+unsafe impl Sync for Control {}
+
+/// Tells valgrind that this is a stack, so that it follows our switches; a few instructions that do
+/// nothing where there is no valgrind. For ever, like the arena.
+fn register_with_valgrind(control: &'static Control) {
+    let bytes = ptr::from_ref(control).addr() - control.low.addr();
+    std::mem::forget(ValgrindStackRegistration::new(control.low, bytes));
+}
+
+/// The stack below a control block, for corosensei.
+struct SlotStack(&'static Control);
+
+// SAFETY: the stack reaches from the guard page that `Quarry::carve` set up to the control block,
+// which is aligned to 64; the smallest class leaves far more than `MIN_STACK_SIZE` between them,
+// and arenas are never unmapped.
+unsafe impl Stack for SlotStack {
+    #[inline(always)]
+    fn base(&self) -> StackPointer {
+        NonNull::from(self.0).addr()
+    }
+    fn limit(&self) -> StackPointer {
+        NonNull::new(self.0.low)
+            .expect("a mapped stack is not the null page")
+            .addr()
+    }
+}
+
+impl Control {
+    /// Places a control block at the top of the first slot of `fresh` and prepares its stack.
+    pub(crate) fn place(fresh: super::Fresh, class: usize) -> &'static Control {
+        assert!(fresh.count >= 1, "no slot to place a control block in");
+        let at: *mut Control = fresh.control_address(class).cast();
+        assert!(
+            at.is_aligned(),
+            "colours and classes keep control blocks aligned"
+        );
+        let new = Control {
+            phase: Cell::new(Phase::Free),
+            pending: Cell::new(false),
+            unwinding: Cell::new(false),
+            entered_panicking: Cell::new(false),
+            detached: Cell::new(false),
+            suspended: Cell::new(false),
+            homed: Cell::new(false),
+            moved: Cell::new(false),
+            hooked: Cell::new(false),
+            class: u8::try_from(class).expect("few classes"),
+            yielder: Cell::new(ptr::null()),
+            raw: UnsafeCell::new(MaybeUninit::uninit()),
+            wakes_head: Cell::new(None),
+            life: AtomicU64::new(0),
+            thread: AtomicU64::new(0),
+            bound_to: Cell::new(ptr::null()),
+            mark: WakeMark::new(),
+            wakes_tail: Cell::new(None),
+            next: Cell::new(None),
+            holds: [const { Cell::new(0) }; 2],
+            suspended_at: Cell::new(Location::caller()),
+            entered_as: Cell::new(0),
+            pinned: Cell::new(0),
+            home: UnsafeCell::new(None),
+            panic: Cell::new(None),
+            telling: Cell::new(false),
+            told: Cell::new(None),
+            release_hook: Cell::new(None),
+            name: Cell::new(""),
+            created: Cell::new(Location::caller()),
+            waits_for: Cell::new(""),
+            marked_by: AtomicPtr::new(ptr::null_mut()),
+            low: fresh.low,
+            forward: Mutex::new(None),
+        };
+        // SAFETY: `at` lies inside a slot that belongs to the caller alone, with room for a
+        // `Control` up to the slot's end (`control_address`), aligned (asserted), and mapped
+        // read-write (only the first page is a guard).
+        unsafe { at.write(new) };
+        // SAFETY: just written; the arena is never unmapped and nobody ever writes a second
+        // `Control` there, so the reference stays good for the rest of the process.
+        let control: &'static Control = unsafe { &*at };
+        super::note_placed(control);
+        register_with_valgrind(control);
+        control
+    }
+
+    /// Puts `entry` on the stack, ready for the first [`Control::switch_in`].
+    ///
+    /// # Safety
+    /// The slot is the caller's alone and no life is on its stack. What `entry` borrows outlives
+    /// the life. `entry` does not unwind.
+    #[inline(always)]
+    pub(crate) unsafe fn prepare<F>(&'static self, entry: F)
+    where
+        F: FnOnce(),
+    {
+        // SAFETY: the stack is idle and lives for ever; the caller answers for what `entry`
+        // borrows.
+        let raw = unsafe {
+            Raw::with_stack_unchecked(SlotStack(self), move |yielder, ()| {
+                self.yielder.set(yielder);
+                entry();
+                self.phase.set(Phase::Finished);
+                if self.suspended.get() {
+                    // The last switch of this life. It leaves the stack as it is, and nobody comes
+                    // back: after a suspend, each return through the frames below is mispredicted.
+                    yielder.suspend(());
+                }
+            })
+        };
+        let room = self.raw.get().cast::<Raw>();
+        // SAFETY: nobody uses the one of the last life any more. It needs no drop: its entry is
+        // gone, run or dropped, and it owns nothing else.
+        unsafe { room.write(raw) };
+    }
+
+    /// Drops the entry of a life that has never run.
+    ///
+    /// # Safety
+    /// [`Control::prepare`] put one there, and it was not switched to since.
+    pub(crate) unsafe fn drop_entry(&self) {
+        // SAFETY: initialised by `prepare`, and nobody else uses a slot that does not run.
+        let raw = unsafe { &mut *self.raw.get().cast::<Raw>() };
+        raw.force_unwind();
+    }
+
+    /// Size class of the stack.
+    pub(crate) fn class(&self) -> usize {
+        usize::from(self.class)
+    }
+
+    /// Low end of the stack: its guard page.
+    pub(crate) fn low(&self) -> *mut u8 {
+        self.low
+    }
+
+    /// Switches to this stack; returns when it suspends or finishes.
+    ///
+    /// # Safety
+    /// The calling thread owns this life, and its code is not on the stack anywhere below (phase
+    /// `New`, `Suspended`, `Waiting` or `Queued`), with an entry in place if it has not started.
+    #[inline(always)]
+    pub(crate) unsafe fn switch_in(&'static self) {
+        let raw = self.raw.get();
+        // SAFETY: `prepare` initialised it, and only `switch_in` ever makes a reference to it; the
+        // caller promises that no other `switch_in` of this slot is under way, so this one is the
+        // only one.
+        let raw = unsafe { &mut *raw.cast::<Raw>() };
+        raw.resume(());
+    }
+
+    /// Switches from this stack to whoever switched to it last.
+    ///
+    /// # Safety
+    /// Runs on the stack of this slot.
+    #[inline(always)]
+    pub(crate) unsafe fn switch_out(&self) {
+        // SAFETY: `base` stored it before it ran any entry; it points into the root of this stack,
+        // where it stays.
+        let yielder = unsafe { &*self.yielder.get() };
+        yielder.suspend(());
+    }
+
+    /// Remembers who marked this coroutine as scheduled.
+    pub(crate) fn set_marked_by(&self, by: &'static Location<'static>) {
+        self.marked_by
+            .store(ptr::from_ref(by).cast_mut(), Ordering::Release);
+    }
+
+    /// Who marked this coroutine as scheduled last.
+    pub(crate) fn marked_by(&self) -> Option<&'static Location<'static>> {
+        // SAFETY: null, or made from a `&'static` by `set_marked_by`.
+        unsafe { self.marked_by.load(Ordering::Acquire).as_ref() }
+    }
+
+    /// Its home, if it has one.
+    ///
+    /// # Safety
+    /// The calling thread owns this life, and does not hold the answer beyond it.
+    pub(crate) unsafe fn home(&self) -> Option<&Arc<dyn Schedule>> {
+        // SAFETY: written by `set_home` only, at creation and at the end, when nobody holds such a
+        // reference.
+        unsafe { (*self.home.get()).as_ref() }
+    }
+
+    /// Gives a new life its home; cloned into its place, since a copy on the way would cost a
+    /// stall.
+    ///
+    /// # Safety
+    /// The calling thread owns this slot, which has no home.
+    #[inline(always)]
+    pub(crate) unsafe fn set_home(&self, home: &Arc<dyn Schedule>) {
+        self.homed.set(true);
+        // SAFETY: the caller owns the cell. What is overwritten is `None`, which needs no drop.
+        unsafe { self.home.get().write(Some(home.clone())) };
+    }
+
+    /// Takes the home away from a life that is over, or moves; `between` runs before the reference
+    /// is dropped, which may be the end of the home.
+    ///
+    /// # Safety
+    /// The calling thread owns this slot, and nobody holds a reference that [`Control::home`] gave.
+    #[inline(always)]
+    pub(crate) unsafe fn drop_home(&self, between: impl FnOnce()) {
+        self.homed.set(false);
+        // SAFETY: the caller owns the cell and no reference into it is alive.
+        let home = unsafe { self.home.get().replace(None) };
+        between();
+        drop(home);
+    }
+
+    /// Appends `other` to the coroutines that this one has woken (rule 1.9).
+    pub(crate) fn push_wake(&self, other: &'static Control) {
+        other.next.set(None);
+        match self.wakes_tail.replace(Some(other)) {
+            Some(tail) if self.wakes_head.get().is_some() => tail.next.set(Some(other)),
+            _ => self.wakes_head.set(Some(other)),
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! Exhaustive models of what several threads touch at once: the very files of the crate, with
+//! loom's primitives.
+//!
+//! `mark`: no wake is lost, whoever comes first (rule 3.10). `handoff`: never two owners, never
+//! free while somebody waits, nobody forgotten (rule 4.1). Loom tries every order of the threads'
+//! steps that the memory model allows.
+
+// Which functions a model uses is its own affair.
+#![allow(dead_code, missing_docs, reason = "the files are those of the crate")]
+
+/// What the included files import from `super::sync`.
+mod sync {
+    pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+
+    /// As the crate's, on loom's mutex.
+    pub(crate) struct ThreadLock<T>(loom::sync::Mutex<T>);
+
+    impl<T> ThreadLock<T> {
+        pub(crate) fn new(value: T) -> ThreadLock<T> {
+            ThreadLock(loom::sync::Mutex::new(value))
+        }
+        pub(crate) fn lock(&self) -> loom::sync::MutexGuard<'_, T> {
+            self.0.lock().unwrap()
+        }
+        pub(crate) fn into_inner(self) -> T {
+            self.0.into_inner().unwrap()
+        }
+        pub(crate) fn get_mut(&mut self) -> &mut T {
+            unreachable!("loom's mutex has no get_mut, and no model needs it")
+        }
+    }
+}
+
+#[path = "../src/protocol/handoff.rs"]
+mod handoff;
+#[path = "../src/protocol/mark.rs"]
+mod mark;
+#[path = "../src/protocol/tickets.rs"]
+mod tickets;
+
+use std::collections::VecDeque;
+
+use handoff::{Attempt, Handoff};
+use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use loom::sync::{Arc, Condvar, Mutex, Notify};
+use mark::WakeMark;
+
+const LIFE: u64 = 7;
+
+/// A home's queue, a coroutine that counts what it has seen, and its mark.
+struct Home {
+    mark: WakeMark,
+    queue: Mutex<VecDeque<u64>>,
+    conditions: [AtomicBool; 2],
+}
+
+impl Home {
+    fn new() -> Home {
+        Home {
+            mark: WakeMark::new(),
+            queue: Mutex::new(VecDeque::new()),
+            conditions: [AtomicBool::new(false), AtomicBool::new(false)],
+        }
+    }
+
+    /// A waker: makes its condition true, marks, and hands over if it was the first.
+    fn wake(&self, condition: usize) {
+        self.conditions[condition].store(true, Ordering::Relaxed);
+        if self.mark.set(LIFE) {
+            self.queue.lock().unwrap().push_back(LIFE);
+        }
+    }
+
+    /// The home: takes one hand-over, if there is one, clears the mark, and lets the coroutine
+    /// look. What it sees.
+    fn turn(&self) -> Option<[bool; 2]> {
+        let life = self.queue.lock().unwrap().pop_front()?;
+        self.mark.clear(life);
+        Some([0, 1].map(|i| self.conditions[i].load(Ordering::Relaxed)))
+    }
+}
+
+/// Two wakers and a home that may run at any time in between: in the end, the last look at the
+/// conditions saw both; and the two wakes were one or two hand-overs.
+#[test]
+fn no_wake_is_lost() {
+    loom::model(|| {
+        let home = Arc::new(Home::new());
+        let wakers: Vec<_> = (0..2)
+            .map(|i| {
+                let home = home.clone();
+                loom::thread::spawn(move || home.wake(i))
+            })
+            .collect();
+        let mut seen = [false; 2];
+        let mut turns = 0;
+        // A turn at some time while they wake.
+        if let Some(now) = home.turn() {
+            (seen, turns) = (now, turns + 1);
+        }
+        for waker in wakers {
+            waker.join().unwrap();
+        }
+        while let Some(now) = home.turn() {
+            (seen, turns) = (now, turns + 1);
+        }
+        assert_eq!(seen, [true, true], "a wake was lost");
+        assert!((1..=2).contains(&turns), "{turns} hand-overs for two wakes");
+    });
+}
+
+/// A late waker of the last life comes by while the next one is woken: the next one's wake is not
+/// lost.
+#[test]
+fn a_late_wake_of_another_life_hides_nothing() {
+    loom::model(|| {
+        let home = Arc::new(Home::new());
+        let late = {
+            let home = home.clone();
+            loom::thread::spawn(move || {
+                // Its hand-over is stale, and its home drops it.
+                let _ = home.mark.set(LIFE - 1);
+            })
+        };
+        let waker = {
+            let home = home.clone();
+            loom::thread::spawn(move || home.wake(0))
+        };
+        let mut seen = home.turn().is_some_and(|now| now[0]);
+        waker.join().unwrap();
+        home.wake(1);
+        late.join().unwrap();
+        while let Some(now) = home.turn() {
+            seen |= now[0] && now[1];
+        }
+        assert!(seen);
+    });
+}
+
+/// How a modelled contender waits: until whoever hands over sets the flag.
+#[derive(Clone)]
+struct Waiter(Arc<(Mutex<bool>, Condvar)>);
+
+impl Waiter {
+    fn new() -> Waiter {
+        Waiter(Arc::new((Mutex::new(false), Condvar::new())))
+    }
+    fn wake(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_one();
+    }
+    fn is_woken(&self) -> bool {
+        *self.0.0.lock().unwrap()
+    }
+    fn wait(&self) {
+        let mut woken = self.0.0.lock().unwrap();
+        while !*woken {
+            woken = self.0.1.wait(woken).unwrap();
+        }
+    }
+}
+
+/// What the lock protects: who is inside.
+struct Protected {
+    entries: u64,
+}
+
+/// One contender: takes the lock, or queues and waits for its flag; then claims, works and
+/// releases.
+fn contend(lock: &Handoff<Protected, Waiter, u64>, inside: &AtomicU64, me: u64) {
+    let waiter = Waiter::new();
+    let mut value = match lock.attempt(me, me, Some(waiter.clone())) {
+        Attempt::Acquired(value) => value,
+        Attempt::Busy => {
+            waiter.wait();
+            lock.claim(me).expect("woken as the owner")
+        }
+        Attempt::Recursive(_) => unreachable!("nobody locks twice"),
+    };
+    assert_eq!(inside.fetch_add(1, Ordering::Relaxed), 0, "two owners");
+    value.entries += 1;
+    assert_eq!(inside.fetch_sub(1, Ordering::Relaxed), 1);
+    if let Some(next) = lock.release(me, value) {
+        next.wake();
+    }
+}
+
+/// Two and three contenders: one owner at a time, all come through, the lock is free in the end.
+#[test]
+fn hand_off_between_threads() {
+    for contenders in [2, 3] {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = (contenders == 3).then_some(3);
+        model.check(move || {
+            let lock = Arc::new(Handoff::new(Protected { entries: 0 }));
+            let inside = Arc::new(AtomicU64::new(0));
+            let others: Vec<_> = (2..=contenders)
+                .map(|me| {
+                    let (lock, inside) = (lock.clone(), inside.clone());
+                    loom::thread::spawn(move || contend(&lock, &inside, me))
+                })
+                .collect();
+            contend(&lock, &inside, 1);
+            for other in others {
+                other.join().unwrap();
+            }
+            assert_eq!(
+                (lock.owner().0, lock.waiting(), lock.acquired()),
+                (0, 0, contenders)
+            );
+            assert_eq!(lock.claim(0).map(|value| value.entries), Some(contenders));
+        });
+    }
+}
+
+/// A waiter that gives up while the owner releases: either it leaves the queue, or it was handed
+/// the lock and passes it on. The lock ends free in both cases, and a third one behind it gets it.
+#[test]
+fn giving_up_races_with_the_hand_over() {
+    loom::model(|| {
+        let lock = Arc::new(Handoff::<Protected, Waiter, u64>::new(Protected {
+            entries: 0,
+        }));
+        let Attempt::Acquired(value) = lock.attempt(1, 1, None) else {
+            unreachable!()
+        };
+        let waiters = [Waiter::new(), Waiter::new()];
+        for (me, waiter) in (2..).zip(&waiters) {
+            assert!(matches!(
+                lock.attempt(me, me, Some(waiter.clone())),
+                Attempt::Busy
+            ));
+        }
+        let quitter = {
+            let lock = lock.clone();
+            loom::thread::spawn(move || {
+                if let Some(next) = lock.abandon(2) {
+                    next.wake();
+                }
+            })
+        };
+        if let Some(next) = lock.release(1, value) {
+            next.wake();
+        }
+        quitter.join().unwrap();
+        assert!(waiters[1].is_woken(), "the one behind was woken");
+        let value = lock.claim(3).expect("and owns the lock");
+        assert!(lock.release(3, value).is_none());
+        assert_eq!((lock.owner().0, lock.waiting()), (0, 0));
+    });
+}
+
+/// Takes what it is granted up, and wakes whom that names: a waiter's loop, without the suspend.
+fn take_up(lock: &tickets::Tickets<Arc<()>, Arc<Notify>, ()>, me: u64, granted: &Notify) {
+    // A wake may be spurious, as a coroutine's.
+    let next = loop {
+        granted.wait();
+        if let Some((_, next)) = lock.claim(me) {
+            break next;
+        }
+    };
+    if let Some(next) = next {
+        next.notify();
+    }
+}
+
+fn wake(next: Option<Arc<Notify>>) {
+    if let Some(next) = next {
+        next.notify();
+    }
+}
+
+/// Rule 4.3: a writer, a reader and a reader that upgrades, each on its own thread: a writer is
+/// alone, and everybody gets in (else the model would not end).
+#[test]
+fn tickets_between_threads() {
+    use tickets::{Attempt, Tickets, Upgrade, Want};
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let lock: Arc<Tickets<Arc<()>, Arc<Notify>, ()>> = Arc::new(Tickets::new(Arc::new(())));
+        // What is protected: readers count up by one, a writer by 100.
+        let inside = Arc::new(AtomicU64::new(0));
+        let threads: Vec<_> = [Want::Write, Want::Read]
+            .into_iter()
+            .enumerate()
+            .map(|(i, want)| {
+                let (lock, inside) = (lock.clone(), inside.clone());
+                loom::thread::spawn(move || member(&lock, &inside, i as u64 + 1, want))
+            })
+            .collect();
+        let me = 3;
+        member_begins(&lock, me, Want::Read);
+        let readers = inside.fetch_add(1, Ordering::SeqCst);
+        assert!(readers < 100, "a reader beside a writer");
+        inside.fetch_sub(1, Ordering::SeqCst);
+        let granted = Arc::new(Notify::new());
+        match lock.upgrade(me, (), granted.clone()) {
+            Upgrade::Alone(_) => {}
+            Upgrade::Queued { wake: next, .. } => {
+                wake(next);
+                take_up(&lock, me, &granted);
+            }
+        }
+        assert_eq!(
+            inside.fetch_add(100, Ordering::SeqCst),
+            0,
+            "a writer is alone"
+        );
+        inside.fetch_sub(100, Ordering::SeqCst);
+        let (_, next) = lock.downgrade(me, Arc::new(()));
+        wake(next);
+        wake(lock.release_read(me));
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(lock.state(), (0, 0, 0));
+        assert!(matches!(
+            lock.attempt(9, Want::Write, (), None),
+            Attempt::Acquired(_)
+        ));
+    });
+
+    fn member_begins(lock: &Tickets<Arc<()>, Arc<Notify>, ()>, me: u64, want: Want) {
+        let granted = Arc::new(Notify::new());
+        match lock.attempt(me, want, (), Some(granted.clone())) {
+            Attempt::Acquired(_) => {}
+            Attempt::Busy => take_up(lock, me, &granted),
+            Attempt::Recursive(()) => unreachable!("each locks once"),
+        }
+    }
+
+    fn member(lock: &Tickets<Arc<()>, Arc<Notify>, ()>, inside: &AtomicU64, me: u64, want: Want) {
+        member_begins(lock, me, want);
+        let step = if want == Want::Write { 100 } else { 1 };
+        let others = inside.fetch_add(step, Ordering::SeqCst);
+        assert!(
+            others < 100 && (want == Want::Read || others == 0),
+            "beside a writer"
+        );
+        inside.fetch_sub(step, Ordering::SeqCst);
+        wake(match want {
+            Want::Read => lock.release_read(me),
+            Want::Write => lock.release_write(me, Arc::new(())),
+        });
+    }
+}

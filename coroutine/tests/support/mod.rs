@@ -1,0 +1,140 @@
+//! A home for tests: a queue, and the thread that drives it.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
+
+use coblock_coroutine::{Ready, Schedule};
+
+/// The simplest home there is. Belongs to the thread that made it, until another one adopts it.
+pub struct TestHome {
+    name: String,
+    queue: Mutex<VecDeque<Ready>>,
+    arrived: Condvar,
+    driver: Mutex<ThreadId>,
+}
+
+impl TestHome {
+    pub fn new(name: &str) -> Arc<TestHome> {
+        Arc::new(TestHome {
+            name: name.to_string(),
+            queue: Mutex::default(),
+            arrived: Condvar::new(),
+            driver: Mutex::new(std::thread::current().id()),
+        })
+    }
+
+    pub fn schedule_of(self: &Arc<Self>) -> Arc<dyn Schedule> {
+        self.clone()
+    }
+
+    /// From now on the calling thread drives it.
+    pub fn adopt(&self) {
+        *self.driver.lock().unwrap() = std::thread::current().id();
+    }
+
+    pub fn pop(&self) -> Option<Ready> {
+        self.queue.lock().unwrap().pop_front()
+    }
+
+    /// Enters what is scheduled now, and what that schedules; how many there were.
+    pub fn run(&self) -> usize {
+        let mut entered = 0;
+        while let Some(ready) = self.pop() {
+            ready.enter();
+            entered += 1;
+        }
+        entered
+    }
+
+    /// Waits for something, at most a moment; then enters what is scheduled.
+    pub fn turn(&self) {
+        let mut queue = self.queue.lock().unwrap();
+        if queue.is_empty() {
+            queue = self
+                .arrived
+                .wait_timeout(queue, Duration::from_millis(20))
+                .unwrap()
+                .0;
+        }
+        drop(queue);
+        self.run();
+    }
+
+    /// Drives until `done`, at most 20 seconds.
+    pub fn drive_until(&self, mut done: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(20) {
+            if done() {
+                return;
+            }
+            self.turn();
+        }
+        panic!(
+            "home '{}' was driven for 20 s and its condition never came",
+            self.name
+        );
+    }
+
+    pub fn queued(&self) -> usize {
+        self.queue.lock().unwrap().len()
+    }
+}
+
+impl Schedule for TestHome {
+    fn schedule(&self, ready: Ready) {
+        self.queue.lock().unwrap().push_back(ready);
+        self.arrived.notify_one();
+    }
+    fn is_home(&self) -> bool {
+        *self.driver.lock().unwrap() == std::thread::current().id()
+    }
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// The message of a panic.
+pub fn message(panic: &(dyn Any + Send)) -> String {
+    if let Some(s) = panic.downcast_ref::<String>() {
+        s.clone()
+    } else if let Some(s) = panic.downcast_ref::<&str>() {
+        (*s).to_string()
+    } else {
+        "not a message".to_string()
+    }
+}
+
+/// Runs `f`, which must panic, and returns the message.
+pub fn refused<R>(f: impl FnOnce() -> R) -> String {
+    match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(_) => panic!("this was not refused"),
+        Err(panic) => message(&*panic),
+    }
+}
+
+/// Runs this test binary again, with only the ignored-by-default child part of test `name`, and
+/// returns its standard error and how it ended.
+pub fn child(name: &str) -> (String, std::process::ExitStatus) {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture", "--test-threads=1"])
+        .env(CHILD, name)
+        .env("RUST_BACKTRACE", "0")
+        .output()
+        .unwrap();
+    (
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+        output.status,
+    )
+}
+
+const CHILD: &str = "COBLOCK_COROUTINE_TEST_CHILD";
+
+/// Whether this process is the child that [`child`] started for test `name`.
+pub fn is_child(name: &str) -> bool {
+    std::env::var(CHILD).is_ok_and(|child| child == name)
+}
