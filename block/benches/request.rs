@@ -1,0 +1,81 @@
+//! What does a request cost, from the user's handle to a driver that does nothing?
+//!
+//! One coroutine each, as a device would do it; the coroutine alone is printed for comparison.
+
+use coblock_aio::{ContextOptions, EngineKind, Home};
+use coblock_block::{BlockBackend, DenyAll, DriverRegistry, Graph, Options, RequestFlags, open};
+use std::sync::Arc;
+use std::time::Instant;
+
+const REQUESTS: u32 = 1_000_000;
+
+fn measure(name: &str, mut f: impl FnMut()) {
+    // Words after `--` choose: for counting the instructions of one.
+    let mut words = std::env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with('-'))
+        .peekable();
+    if words.peek().is_some() && !words.any(|word| word == name) {
+        return;
+    }
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let start = Instant::now();
+        for _ in 0..REQUESTS {
+            f();
+        }
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    println!("{name:40} {:6.1} ns", best * 1e9 / f64::from(REQUESTS));
+}
+
+fn main() {
+    let options = ContextOptions {
+        engine: EngineKind::None,
+        ..ContextOptions::named("bench")
+    };
+    let home = Home::new(options).expect("a context");
+    let graph = Graph::new(home.context());
+    let registry = DriverRegistry::with_builtin();
+    let backend = |options: Options| {
+        let node = home
+            .run(|co| open(co, &graph, &registry, &DenyAll, options))
+            .expect("null opens");
+        Arc::new(BlockBackend::new(&graph, node))
+    };
+    let null = backend(Options::new().with("driver", "null-co"));
+    let raw = backend(
+        Options::new()
+            .with("driver", "raw")
+            .with("file.driver", "null-co"),
+    );
+
+    home.with(|| {
+        measure("coroutine alone", || home.spawn("bench", |_co| {}));
+    });
+    for (name, backend) in [("null", &null), ("raw on null", &raw)] {
+        measure(&format!("coroutine, read of {name}"), || {
+            let backend = backend.clone();
+            home.spawn("bench", move |co| {
+                let mut buf = [0; 512];
+                backend.pread(co, 4096, &mut buf[..]).expect("null reads");
+            });
+        });
+        home.run(|co| {
+            let mut buf = [0; 512];
+            measure(&format!("read of {name}"), || {
+                backend.pread(co, 4096, &mut buf[..]).expect("null reads");
+            });
+            measure(&format!("write of {name}"), || {
+                backend
+                    .pwrite(co, 4096, &buf[..], RequestFlags::empty())
+                    .expect("null writes");
+            });
+        });
+    }
+    for backend in [null, raw] {
+        home.run(|co| backend.close(co)).expect("null closes");
+    }
+    drop(graph);
+    home.close();
+}

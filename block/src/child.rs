@@ -1,0 +1,241 @@
+//! An edge of the graph: how a parent reaches its child, and only with a graph guard.
+
+use crate::error::Result;
+use crate::graph::GraphRead;
+use crate::io::Status;
+use crate::node::Node;
+use crate::types::{ChildRole, FileId, Limits, RequestFlags};
+use coblock_aio::{IoVec, IoVecMut};
+use coblock_coroutine::Co;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+
+/// An edge. It owns the node below; the node above is known weakly.
+pub struct Child {
+    name: String,
+    role: ChildRole,
+    node: Arc<Node>,
+    parent: OnceLock<Weak<Node>>,
+    detached: AtomicBool,
+}
+
+impl Child {
+    pub(crate) fn new(name: &str, role: ChildRole, node: Arc<Node>) -> Arc<Child> {
+        node.add_user();
+        Arc::new(Child {
+            name: name.to_owned(),
+            role,
+            node,
+            parent: OnceLock::new(),
+            detached: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn set_parent(&self, parent: &Arc<Node>) {
+        let set = self.parent.set(Arc::downgrade(parent));
+        assert!(
+            set.is_ok(),
+            "edge '{}' gets a second parent, {}",
+            self.name,
+            parent.name()
+        );
+    }
+
+    /// Gives up the node below. `true` if that was its last user: the caller closes it.
+    pub(crate) fn detach(&self) -> bool {
+        !self.detached.swap(true, Ordering::AcqRel) && self.node.remove_user()
+    }
+
+    pub(crate) fn below(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// What the parent calls it: `file`, `backing`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it is to the parent.
+    pub fn role(&self) -> ChildRole {
+        self.role
+    }
+
+    /// The node above; `None` while it is being opened, and after it has gone.
+    pub fn parent(&self, _graph: &GraphRead<'_>) -> Option<Arc<Node>> {
+        self.parent.get()?.upgrade()
+    }
+
+    /// The node below.
+    pub fn node<'g>(&'g self, _graph: &'g GraphRead<'_>) -> &'g Arc<Node> {
+        &self.node
+    }
+
+    /// Length of the node below in bytes. It grows when writes go past it.
+    #[inline]
+    pub fn len(&self, _graph: &GraphRead<'_>) -> u64 {
+        self.node.len()
+    }
+
+    /// Is the node below zero bytes long?
+    pub fn is_empty(&self, graph: &GraphRead<'_>) -> bool {
+        self.len(graph) == 0
+    }
+
+    /// What the node below does in one request; larger and unaligned ones are taken apart on the
+    /// way.
+    pub fn limits<'g>(&'g self, _graph: &'g GraphRead<'_>) -> &'g Limits {
+        self.node.limits()
+    }
+
+    /// Is the node below read-only?
+    pub fn is_read_only(&self, _graph: &GraphRead<'_>) -> bool {
+        self.node.is_read_only()
+    }
+
+    /// Do writes past the end make the node below longer?
+    pub fn is_growable(&self, _graph: &GraphRead<'_>) -> bool {
+        self.node.growable
+    }
+
+    /// File of the host below this edge, through filters and formats.
+    pub fn file_id(&self, _graph: &GraphRead<'_>) -> Option<FileId> {
+        self.node.file_id()
+    }
+
+    /// Name of the file below, for messages.
+    pub fn filename<'g>(&'g self, _graph: &'g GraphRead<'_>) -> &'g str {
+        self.node.filename()
+    }
+
+    /// Reads into `buf` from `offset`; past the end of the node are zeros. Suspends.
+    ///
+    /// # Errors
+    /// `OutOfBounds` where no node can reach, else what the driver returned. Anything may be in
+    /// `buf` then.
+    #[inline]
+    pub fn pread<'b>(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        buf: impl Into<IoVecMut<'b>>,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        self.node.pread(co, graph, offset, buf.into(), flags)
+    }
+
+    /// Writes `buf` at `offset`. Suspends until the driver has taken the data; with
+    /// [`RequestFlags::FUA`], until it is on stable storage.
+    ///
+    /// # Errors
+    /// `OutOfBounds` past the end of a node that cannot grow, `ReadOnly`, else what the driver
+    /// returned. After an error any part of the range may hold old or new data; nothing outside it
+    /// has changed.
+    #[inline]
+    pub fn pwrite<'b>(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        buf: impl Into<IoVec<'b>>,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        self.node.pwrite(co, graph, offset, buf.into(), flags)
+    }
+
+    /// Write, then flush (rule 2.2). It orders nothing that came before unless that was flushed
+    /// already. Suspends.
+    ///
+    /// # Errors
+    /// As [`Child::pwrite`] and [`Child::flush`].
+    pub fn pwrite_sync<'b>(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        buf: impl Into<IoVec<'b>>,
+    ) -> Result<()> {
+        self.pwrite(co, graph, offset, buf, RequestFlags::empty())?;
+        self.flush(co, graph)
+    }
+
+    /// Makes the range read as zeros. Suspends.
+    ///
+    /// # Errors
+    /// As [`Child::pwrite`]; `NotSupported` with [`RequestFlags::NO_FALLBACK`].
+    pub fn pwrite_zeroes(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        self.node.pwrite_zeroes(co, graph, offset, len, flags)
+    }
+
+    /// Gives the storage of the range back, where the driver can. Suspends.
+    ///
+    /// # Errors
+    /// As [`Child::pwrite`].
+    pub fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
+        self.node.pdiscard(co, graph, offset, len)
+    }
+
+    /// What the first bytes of the range are, as the node below holds them: one layer, through its
+    /// filters. Suspends.
+    ///
+    /// The answer was true at some time during the call. Its length is zero only for an empty range
+    /// and past the end.
+    ///
+    /// # Errors
+    /// `Closed`, else what the driver returned.
+    pub fn block_status(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+    ) -> Result<Status> {
+        self.node.block_status(co, graph, (offset, len))
+    }
+
+    /// How many bytes of storage the node below takes up, holes left out. Suspends.
+    ///
+    /// # Errors
+    /// `NotSupported` where nobody knows.
+    pub fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
+        self.node.allocated_bytes(co, graph)
+    }
+
+    /// Everything that completed before is on stable storage when this returns. Suspends; returns
+    /// at once when nothing was written since the last one.
+    ///
+    /// # Errors
+    /// What the driver returned; `Poisoned` from then on.
+    pub fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        self.node.flush(co, graph)
+    }
+
+    /// Makes the node `len` bytes long; what is added reads as zeros. Suspends.
+    ///
+    /// # Errors
+    /// `Invalid`, `ReadOnly` (errno `EACCES`), `NotSupported`, else what the driver returned.
+    pub fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
+        self.node.truncate(co, graph, len, exact)
+    }
+}
+
+impl Drop for Child {
+    /// Of a graph that was not closed: the count stays right, nothing is written out.
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
+impl fmt::Debug for Child {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}) -> {:?}", self.name, self.role, self.node)
+    }
+}

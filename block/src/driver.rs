@@ -1,0 +1,356 @@
+//! The second door: what a driver does for its node, and how drivers are found.
+//!
+//! A driver gets requests that were checked, tracked, aligned and split for it, and sends its own
+//! to its children. It never sees its own node, so it cannot send a request to it (rule 2.7).
+
+use crate::child::Child;
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::GraphRead;
+use crate::open::Opening;
+use crate::types::{ChildRole, FileId, Limits, RequestFlags};
+use coblock_aio::{IoVec, IoVecMut};
+use coblock_coroutine::Co;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+/// What a driver does for its node. All calls come in the context in which the request runs, many
+/// at a time.
+///
+/// Reads and writes that arrive are multiples of [`Limits::request_alignment`], at most
+/// [`Limits::max_transfer`] long, and in memory aligned to [`Limits::mem_alignment`]. Reads end at
+/// most at the node's length rounded up to the alignment; what lies past the driver's own end reads
+/// as zeros.
+#[expect(
+    clippy::len_without_is_empty,
+    reason = "a node of no bytes is asked for its length like any other"
+)]
+pub trait Driver: Send + Sync + 'static {
+    /// The name under which the driver is registered.
+    fn format(&self) -> &'static str;
+
+    /// Fills `buf` from `offset`. Suspends.
+    ///
+    /// # Errors
+    /// Anything may be in `buf` then.
+    fn pread(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        buf: IoVecMut<'_>,
+        flags: RequestFlags,
+    ) -> Result<()>;
+
+    /// Writes `buf` at `offset`. Suspends. [`RequestFlags::FUA`] comes only to drivers with
+    /// [`Driver::native_fua`].
+    ///
+    /// # Errors
+    /// After one any part of the range may hold old or new data; nothing outside it has changed.
+    fn pwrite(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        buf: IoVec<'_>,
+        flags: RequestFlags,
+    ) -> Result<()>;
+
+    /// Puts everything that completed before the call on stable storage. Suspends. One at a time
+    /// per node.
+    ///
+    /// # Errors
+    /// Nothing is known about what is stable then.
+    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()>;
+
+    /// Length in bytes now. Asked at open and after a truncation; writes past it are added by the
+    /// node.
+    fn len(&self) -> u64;
+
+    /// What one request may be. Asked once, at open.
+    fn limits(&self) -> Limits;
+
+    /// Makes reads of the range return zeros. Suspends. Aligned to [`Limits::zero_alignment`],
+    /// except that it may end at the end of the node.
+    ///
+    /// # Errors
+    /// `NotSupported` makes the node write zeros instead.
+    fn pwrite_zeroes(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let _ = (co, graph, offset, len, flags);
+        Err(self.not_supported("writing zeroes"))
+    }
+
+    /// Gives the storage of the range back; what is read there afterwards is the driver's choice.
+    /// Suspends. Aligned to [`Limits::discard_alignment`], except that it may end at the end of the
+    /// node.
+    ///
+    /// # Errors
+    /// `NotSupported` is no failure: a discard is advice.
+    fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
+        let _ = (co, graph, offset, len);
+        Err(self.not_supported("discard"))
+    }
+
+    /// Tells what the first bytes of the range are, without reading them. Suspends. The range is not
+    /// empty and inside the node, and not aligned to anything.
+    ///
+    /// The work is bounded: the answer may be about fewer bytes than asked, at least one. It was
+    /// true at some time during the call. A driver that looks into a child to answer makes sure that
+    /// what it looks at stays what it was meanwhile (rule 9.2).
+    ///
+    /// # Errors
+    /// What kept it from looking.
+    fn block_status<'g>(
+        &'g self,
+        co: &Co,
+        graph: &'g GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<DriverStatus<'g>> {
+        let _ = (co, graph, offset, precision);
+        Ok(DriverStatus::data(len))
+    }
+
+    /// How many bytes of storage the node takes up, holes left out. Suspends.
+    ///
+    /// # Errors
+    /// `NotSupported` where nobody knows.
+    fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
+        let _ = (co, graph);
+        Err(self.not_supported("telling its allocated size"))
+    }
+
+    /// Makes the node `len` bytes long; what is added reads as zeros. With `exact` unset it may end
+    /// up longer. Suspends; no request is in flight on the part that comes or goes.
+    ///
+    /// # Errors
+    /// `NotSupported` where the length is fixed.
+    fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
+        let _ = (co, graph, len, exact);
+        Err(self.not_supported("resize"))
+    }
+
+    /// The last call: nothing is in flight. Writes out what the driver holds. Suspends.
+    ///
+    /// # Errors
+    /// The driver is closed all the same.
+    fn close(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        let _ = (co, graph);
+        Ok(())
+    }
+
+    /// Takes a file that the image names, opened through the gate. Called between
+    /// [`OpenDriver::open`] and the first request, for each name that was given to
+    /// [`Opening::dependent`].
+    ///
+    /// # Errors
+    /// What makes the image unusable with it.
+    fn attach(&self, role: ChildRole, child: Arc<Child>) -> Result<()> {
+        panic!(
+            "driver {} asked for a {role} file '{}' and does not take it",
+            self.format(),
+            child.name()
+        )
+    }
+
+    /// Does the driver interpret an image format?
+    fn is_format(&self) -> bool {
+        false
+    }
+
+    /// Do writes past the end make the node longer? Else they are `OutOfBounds`.
+    fn is_growable(&self) -> bool {
+        false
+    }
+
+    /// Is [`RequestFlags::FUA`] obeyed? Else the node flushes after such writes.
+    fn native_fua(&self) -> bool {
+        false
+    }
+
+    /// Which file of the host this driver itself has open.
+    fn file_id(&self) -> Option<FileId> {
+        None
+    }
+
+    /// This driver as a value of its own type, for who made it.
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        None
+    }
+
+    /// The error of an operation that this driver does not have.
+    #[doc(hidden)]
+    fn not_supported(&self, what: &str) -> Error {
+        Error::new(
+            ErrorKind::NotSupported,
+            format!("Driver '{}' does not support {what}", self.format()),
+        )
+    }
+}
+
+/// How much a question about block status may cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Finds zeros wherever that is possible without reading.
+    Zeroes,
+    /// Only which layer holds the range: nobody looks into a file for holes.
+    Allocation,
+}
+
+/// Where the bytes are that a driver tells of.
+#[derive(Clone, Copy, Debug)]
+pub enum Place<'g> {
+    /// Nowhere, or not byte for byte.
+    Nowhere,
+    /// At this offset of the node itself: of drivers with no node below.
+    Here(u64),
+    /// In a child.
+    In {
+        /// In which.
+        child: &'g Child,
+        /// From this byte of it on.
+        offset: u64,
+    },
+    /// The driver is a filter here: the answer is what this child says of these bytes.
+    Through {
+        /// Who is asked.
+        child: &'g Child,
+        /// From this byte of it on.
+        offset: u64,
+    },
+}
+
+/// What a driver says about the first bytes of a range.
+///
+/// Neither `data` nor `zero` means that the layer holds nothing there: a format's backing file
+/// decides.
+#[derive(Clone, Copy, Debug)]
+pub struct DriverStatus<'g> {
+    /// Of how many bytes this is true, at least one.
+    pub len: u64,
+    /// They are stored.
+    pub data: bool,
+    /// They read as zeros.
+    pub zero: bool,
+    /// They are stored compressed.
+    pub compressed: bool,
+    /// Where.
+    pub place: Place<'g>,
+}
+
+impl<'g> DriverStatus<'g> {
+    /// Not held by this layer.
+    pub fn unallocated(len: u64) -> Self {
+        DriverStatus {
+            len,
+            data: false,
+            zero: false,
+            compressed: false,
+            place: Place::Nowhere,
+        }
+    }
+
+    /// Stored, nobody knows where.
+    pub fn data(len: u64) -> Self {
+        DriverStatus {
+            data: true,
+            ..Self::unallocated(len)
+        }
+    }
+
+    /// Zeros.
+    pub fn zero(len: u64) -> Self {
+        DriverStatus {
+            zero: true,
+            ..Self::unallocated(len)
+        }
+    }
+
+    /// What `child` says of its bytes from `offset` on.
+    pub fn through(child: &'g Child, offset: u64, len: u64) -> Self {
+        Self::unallocated(len).placed(Place::Through { child, offset })
+    }
+
+    /// The same with a place.
+    #[must_use]
+    pub fn placed(self, place: Place<'g>) -> Self {
+        DriverStatus { place, ..self }
+    }
+}
+
+/// Makes drivers for nodes: what is registered under a name.
+pub trait OpenDriver: Send + Sync {
+    /// Opens a driver. Takes the options that it knows out of [`Opening::options`]; suspends.
+    ///
+    /// Children are opened first ([`Opening::open_child`]); to read from them take a guard from
+    /// [`Opening::graph`] afterwards, and give it up before the next child is opened.
+    ///
+    /// # Errors
+    /// Whatever keeps the node from being used; children opened so far are closed.
+    fn open(&self, co: &Co, opening: &mut Opening<'_>) -> Result<Box<dyn Driver>>;
+}
+
+/// The drivers of a program, by name. The program makes it; there is no global one.
+#[derive(Default)]
+pub struct DriverRegistry {
+    map: BTreeMap<&'static str, Box<dyn OpenDriver>>,
+}
+
+impl DriverRegistry {
+    /// Without any driver.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With the drivers of this crate: `file`, `raw`, `null-co` and `sim`.
+    pub fn with_builtin() -> Self {
+        let mut registry = Self::new();
+        registry.register("file", Box::new(crate::drivers::file::OpenFile));
+        registry.register("raw", Box::new(crate::drivers::raw::OpenRaw));
+        registry.register("null-co", Box::new(crate::drivers::null::OpenNull));
+        registry.register("sim", Box::new(crate::drivers::sim::OpenSim));
+        registry
+    }
+
+    /// Adds a driver.
+    ///
+    /// # Panics
+    /// When the name is taken.
+    pub fn register(&mut self, name: &'static str, driver: Box<dyn OpenDriver>) {
+        let before = self.map.insert(name, driver);
+        assert!(before.is_none(), "two drivers are registered as '{name}'");
+    }
+
+    /// Names of all drivers, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.map.keys().copied()
+    }
+
+    /// The driver of that name.
+    ///
+    /// # Errors
+    /// `UnknownDriver`.
+    pub fn find(&self, name: &str) -> Result<&dyn OpenDriver> {
+        match self.map.get(name) {
+            Some(driver) => Ok(&**driver),
+            None => Err(Error::new(
+                ErrorKind::UnknownDriver,
+                format!("Unknown driver '{name}'"),
+            )),
+        }
+    }
+}
+
+impl fmt::Debug for DriverRegistry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.map.keys()).finish()
+    }
+}

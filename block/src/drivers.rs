@@ -1,0 +1,6 @@
+//! The drivers of this crate.
+
+pub mod file;
+pub mod null;
+pub mod raw;
+pub mod sim;

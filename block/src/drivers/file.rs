@@ -1,0 +1,333 @@
+//! `file`: a regular file or a block device of the host.
+//!
+//! Options: `filename`, or `fd` (an open file that the caller passes in; `filename` is then only
+//! its name in messages); `locking` (`on`, `off`, or `auto`, which is on). `cache.direct` goes
+//! around the page cache.
+//!
+//! Requests run in whatever context the coroutine is in; the file itself belongs to none. The
+//! driver has the lock bytes of `locks`, the alignment that `probe` found, and knows holes by
+//! `extents`.
+
+mod extents;
+mod locks;
+mod probe;
+
+use crate::driver::{Driver, DriverStatus, OpenDriver, Place, Precision};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::GraphRead;
+use crate::open::Opening;
+use crate::types::{FileId, Limits, RequestFlags, bytes};
+use coblock_aio::{IoVec, IoVecMut};
+use coblock_coroutine::Co;
+use probe::{Alignment, Found};
+use rustix::fs::OFlags;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Registered as `file`.
+#[derive(Debug)]
+pub struct OpenFile;
+
+impl OpenDriver for OpenFile {
+    fn open(&self, _co: &Co, opening: &mut Opening<'_>) -> Result<Box<dyn Driver>> {
+        let filename = opening.options().take_str("filename")?;
+        let fd = opening.options().take_fd("fd")?;
+        let locking = match opening.options().take_str("locking")?.as_deref() {
+            None | Some("auto" | "on") => true,
+            Some("off") => false,
+            Some(_) => {
+                let message = "Parameter 'locking' expects 'on', 'off' or 'auto'";
+                return Err(Error::new(ErrorKind::Invalid, message));
+            }
+        };
+        let wanted = Wanted {
+            read_only: opening.is_read_only(),
+            direct: opening.is_direct(),
+        };
+        let (file, filename) = match (fd, filename) {
+            (Some(fd), name) => {
+                let name = name.unwrap_or_else(|| "(open file)".to_owned());
+                let file = fd
+                    .try_clone()
+                    .map_err(|error| could_not_open(&name, error))?;
+                (wanted.adopt(File::from(file), &name)?, name)
+            }
+            (None, Some(name)) => (wanted.open(&name)?, name),
+            (None, None) => {
+                let message = "The 'file' block driver requires a file name";
+                return Err(Error::new(ErrorKind::MissingOption, message));
+            }
+        };
+        opening.set_filename(&filename);
+        let context = |error: Error| error.context(format_args!("Could not open '{filename}'"));
+        let found = probe::look(&file).map_err(context)?.ok_or_else(|| {
+            let message = format!("'file' driver requires '{filename}' to be a regular file");
+            Error::new(ErrorKind::Invalid, message)
+        })?;
+        opening.check_file(found.id)?;
+        if locking {
+            locks::acquire(file.as_fd(), opening.permissions(), &filename)?;
+        }
+        let alignment = if wanted.direct {
+            probe::direct_alignment(&file, found.is_block_device).map_err(context)?
+        } else {
+            Alignment {
+                request: 1,
+                memory: 1,
+            }
+        };
+        Ok(Box::new(HostFile {
+            len: AtomicU64::new(found.len),
+            locked: locking,
+            cached: !wanted.direct,
+            filename,
+            found,
+            alignment,
+            file,
+        }))
+    }
+}
+
+fn could_not_open(filename: &str, error: io::Error) -> Error {
+    Error::from_io(format_args!("Could not open '{filename}'"), error)
+}
+
+/// How the file is to be open.
+struct Wanted {
+    read_only: bool,
+    direct: bool,
+}
+
+impl Wanted {
+    fn open(&self, filename: &str) -> Result<File> {
+        #[expect(clippy::cast_possible_wrap, reason = "flags, not a number")]
+        let direct = if self.direct {
+            OFlags::DIRECT.bits() as i32
+        } else {
+            0
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!self.read_only)
+            .custom_flags(direct | libc::O_NOCTTY)
+            .open(filename);
+        file.map_err(|error| {
+            let refused = error.raw_os_error() == Some(libc::EINVAL) && self.direct;
+            let error = could_not_open(filename, error);
+            if refused {
+                error.with_hint("The file system may not support O_DIRECT")
+            } else {
+                error
+            }
+        })
+    }
+
+    /// A file that the caller had opened: its access and its way past the cache must be what the
+    /// options say.
+    fn adopt(&self, file: File, filename: &str) -> Result<File> {
+        let errno = |errno: rustix::io::Errno| could_not_open(filename, errno.into());
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(errno)?;
+        let access = flags & OFlags::RWMODE;
+        let enough = if self.read_only {
+            access != OFlags::WRONLY
+        } else {
+            access == OFlags::RDWR
+        };
+        if !enough {
+            let message =
+                format!("Could not open '{filename}': the file was opened with other access");
+            return Err(Error::new(ErrorKind::PermissionDenied, message));
+        }
+        if flags.contains(OFlags::DIRECT) != self.direct {
+            let mut flags = flags;
+            flags.set(OFlags::DIRECT, self.direct);
+            rustix::fs::fcntl_setfl(&file, flags).map_err(errno)?;
+        }
+        Ok(file)
+    }
+}
+
+struct HostFile {
+    file: File,
+    filename: String,
+    found: Found,
+    alignment: Alignment,
+    locked: bool,
+    /// Reads go through the page cache: one that is alone may be served from there by the loop.
+    cached: bool,
+    /// Length in bytes, raised by writes past it.
+    len: AtomicU64,
+}
+
+impl HostFile {
+    #[cold]
+    fn failed(&self, what: &str, offset: u64, error: io::Error) -> Error {
+        Error::from_io(what, error)
+            .at_offset(offset)
+            .at_file(&self.filename)
+    }
+
+    #[inline]
+    fn grew_to(&self, end: u64) {
+        if end > self.len.load(Ordering::Relaxed) {
+            self.len.fetch_max(end, Ordering::AcqRel);
+        }
+    }
+}
+
+impl Driver for HostFile {
+    fn format(&self) -> &'static str {
+        "file"
+    }
+
+    fn pread(
+        &self,
+        co: &Co,
+        _graph: &GraphRead<'_>,
+        offset: u64,
+        mut buf: IoVecMut<'_>,
+        _flags: RequestFlags,
+    ) -> Result<()> {
+        let len = buf.len();
+        let read = if self.cached {
+            coblock_aio::co::read_cached(co, self.file.as_fd(), offset, buf.reborrow())
+        } else {
+            coblock_aio::co::read(co, self.file.as_fd(), offset, buf.reborrow())
+        };
+        match read {
+            Ok(read) => {
+                if read < len {
+                    // The end of the file: padding, or somebody cut it. The rest is zeros.
+                    buf.fill(read, len - read, 0);
+                }
+                Ok(())
+            }
+            Err(error) => Err(self.failed("read", offset, error)),
+        }
+    }
+
+    fn pwrite(
+        &self,
+        co: &Co,
+        _graph: &GraphRead<'_>,
+        offset: u64,
+        buf: IoVec<'_>,
+        _flags: RequestFlags,
+    ) -> Result<()> {
+        match coblock_aio::co::write(co, self.file.as_fd(), offset, buf) {
+            Ok(()) => {
+                self.grew_to(offset + bytes(buf.len()));
+                Ok(())
+            }
+            Err(error) => Err(self.failed("write", offset, error)),
+        }
+    }
+
+    fn pwrite_zeroes(
+        &self,
+        co: &Co,
+        _graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let unmap = flags.contains(RequestFlags::MAY_UNMAP);
+        match coblock_aio::co::zero(co, self.file.as_fd(), offset, len, unmap) {
+            Ok(()) => {
+                self.grew_to(offset + len);
+                Ok(())
+            }
+            Err(error) => Err(self.failed("write zeroes", offset, error)),
+        }
+    }
+
+    fn pdiscard(&self, co: &Co, _graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
+        coblock_aio::co::discard(co, self.file.as_fd(), offset, len)
+            .map_err(|error| self.failed("discard", offset, error))
+    }
+
+    fn flush(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
+        coblock_aio::co::sync(co, self.file.as_fd(), true)
+            .map_err(|error| Error::from_io("flush", error).at_file(&self.filename))
+    }
+
+    /// As the file system has it, holes and all; asked on a thread of the pool.
+    fn block_status<'g>(
+        &'g self,
+        co: &Co,
+        _graph: &'g GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<DriverStatus<'g>> {
+        let (is_hole, len) = match precision {
+            Precision::Allocation => (false, len),
+            Precision::Zeroes => {
+                coblock_aio::co::on_pool(co, || extents::look(&self.file, offset, len))
+            }
+        };
+        let status = if is_hole {
+            DriverStatus::zero(len)
+        } else {
+            DriverStatus::data(len)
+        };
+        Ok(status.placed(Place::Here(offset)))
+    }
+
+    fn allocated_bytes(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<u64> {
+        coblock_aio::co::on_pool(co, || self.file.metadata())
+            .map(|metadata| metadata.blocks() * 512)
+            .map_err(|error| Error::from_io("stat", error).at_file(&self.filename))
+    }
+
+    fn truncate(&self, co: &Co, _graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
+        let refuse = |message: &str| Err(Error::new(ErrorKind::NotSupported, message));
+        if self.found.is_block_device {
+            let now = probe::length(&self.file, true)?;
+            self.len.store(now, Ordering::Release);
+            return match len {
+                _ if len > now => refuse("Cannot grow device files"),
+                _ if exact && len != now => refuse("Cannot resize device files"),
+                _ => Ok(()),
+            };
+        }
+        coblock_aio::co::on_pool(co, || self.file.set_len(len))
+            .map_err(|error| self.failed("resize", len, error))?;
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    fn limits(&self) -> Limits {
+        let Alignment { request, memory } = self.alignment;
+        Limits {
+            request_alignment: request,
+            mem_alignment: memory,
+            zero_alignment: request.max(self.found.sector),
+            discard_alignment: request.max(self.found.sector),
+            ..Limits::default()
+        }
+    }
+
+    fn is_growable(&self) -> bool {
+        !self.found.is_block_device
+    }
+
+    fn file_id(&self) -> Option<FileId> {
+        Some(self.found.id)
+    }
+
+    /// Gives the locks back now, not when the last duplicate of the descriptor goes.
+    fn close(&self, _co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
+        if self.locked {
+            locks::release(self.file.as_fd());
+        }
+        Ok(())
+    }
+}

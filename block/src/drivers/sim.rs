@@ -1,0 +1,218 @@
+//! `sim`: a disk in memory, for tests. It holds requests back, delays and reorders them, fails
+//! them, and loses power.
+//!
+//! Options: `disk` (a [`SimDisk`], needed); `request-alignment`, `mem-alignment`, `max-transfer` in
+//! bytes; `growable` (on), `fua` (off), `zeroes` (on). The disk outlives the node, so a test can
+//! open it again.
+//!
+//! Delays are on the clock of the context in which a request runs; with a virtual one a run depends
+//! on its seeds and on nothing else.
+
+mod disk;
+mod fault;
+mod pages;
+
+pub use disk::{Counts, Keep, LogEntry, SECTOR, SimDisk};
+pub use fault::{Fault, Hold, Match, Op};
+
+use crate::driver::{Driver, DriverStatus, OpenDriver, Place, Precision};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::GraphRead;
+use crate::open::Opening;
+use crate::types::{Limits, MAX_REQUEST, RequestFlags, bytes};
+use coblock_aio::{IoVec, IoVecMut};
+use coblock_coroutine::Co;
+use disk::Action;
+use std::io;
+use std::sync::Arc;
+
+/// Registered as `sim`.
+#[derive(Debug)]
+pub struct OpenSim;
+
+impl OpenDriver for OpenSim {
+    fn open(&self, _co: &Co, opening: &mut Opening<'_>) -> Result<Box<dyn Driver>> {
+        let options = opening.options();
+        let Some(disk) = options.take_object::<SimDisk>("disk")? else {
+            return Err(Error::new(
+                ErrorKind::MissingOption,
+                "Parameter 'disk' is missing",
+            ));
+        };
+        let request_alignment = options.take_u64("request-alignment")?.unwrap_or(1);
+        let mem_alignment = options.take_u64("mem-alignment")?.unwrap_or(1);
+        let max_transfer = options.take_size("max-transfer")?.unwrap_or(MAX_REQUEST);
+        let sane = |value: u64| value.is_power_of_two() && value <= 1 << 20;
+        if !sane(request_alignment)
+            || !sane(mem_alignment)
+            || mem_alignment > request_alignment
+            || max_transfer < request_alignment
+        {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "The limits of the simulated disk make no sense",
+            ));
+        }
+        let limits = Limits {
+            request_alignment,
+            mem_alignment: usize::try_from(mem_alignment).expect("at most a megabyte"),
+            max_transfer,
+            ..Limits::default()
+        };
+        let driver = Sim {
+            limits,
+            growable: options.take_bool("growable")?.unwrap_or(true),
+            fua: options.take_bool("fua")?.unwrap_or(false),
+            zeroes: options.take_bool("zeroes")?.unwrap_or(true),
+            disk,
+        };
+        opening.set_filename("sim");
+        Ok(Box::new(driver))
+    }
+}
+
+struct Sim {
+    disk: Arc<SimDisk>,
+    limits: Limits,
+    growable: bool,
+    fua: bool,
+    zeroes: bool,
+}
+
+impl Sim {
+    fn perform(&self, co: &Co, what: &str, offset: u64, action: Action<'_>) -> Result<()> {
+        self.disk.perform(co, offset, action).map_err(|errno| {
+            Error::from_io(what, io::Error::from_raw_os_error(errno))
+                .at_offset(offset)
+                .at_file("sim")
+        })
+    }
+
+    /// What a driver is promised about requests.
+    fn assert_obeys(&self, offset: u64, len: u64, aligned_memory: bool) {
+        let Limits {
+            request_alignment,
+            max_transfer,
+            ..
+        } = self.limits;
+        assert!(
+            (offset | len).is_multiple_of(request_alignment)
+                && (1..=max_transfer).contains(&len)
+                && aligned_memory,
+            "a request of {len} bytes at {offset} does not obey {:?}",
+            self.limits
+        );
+    }
+}
+
+impl Driver for Sim {
+    fn format(&self) -> &'static str {
+        "sim"
+    }
+
+    fn pread(
+        &self,
+        co: &Co,
+        _graph: &GraphRead<'_>,
+        offset: u64,
+        mut buf: IoVecMut<'_>,
+        _flags: RequestFlags,
+    ) -> Result<()> {
+        let aligned = buf.is_aligned(self.limits.mem_alignment);
+        self.assert_obeys(offset, bytes(buf.len()), aligned);
+        let mut data = vec![0; buf.len()];
+        self.perform(co, "read", offset, Action::Read(&mut data))?;
+        buf.copy_from(0, &data);
+        Ok(())
+    }
+
+    fn pwrite(
+        &self,
+        co: &Co,
+        _graph: &GraphRead<'_>,
+        offset: u64,
+        buf: IoVec<'_>,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let aligned = buf.is_aligned(self.limits.mem_alignment);
+        self.assert_obeys(offset, bytes(buf.len()), aligned);
+        let fua = flags.contains(RequestFlags::FUA);
+        assert!(
+            self.fua || !fua,
+            "FUA reached a driver that does not have it"
+        );
+        self.perform(
+            co,
+            "write",
+            offset,
+            Action::Write {
+                data: buf.to_vec(),
+                fua,
+            },
+        )
+    }
+
+    fn pwrite_zeroes(
+        &self,
+        co: &Co,
+        _graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        _flags: RequestFlags,
+    ) -> Result<()> {
+        if !self.zeroes {
+            return Err(self.not_supported("writing zeroes"));
+        }
+        self.perform(co, "write zeroes", offset, Action::Zero { len })
+    }
+
+    fn pdiscard(&self, co: &Co, _graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
+        self.perform(co, "discard", offset, Action::Discard { len })
+    }
+
+    /// Data where something was written, in pages of 4 KiB.
+    fn block_status<'g>(
+        &'g self,
+        co: &Co,
+        _graph: &'g GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        _precision: Precision,
+    ) -> Result<DriverStatus<'g>> {
+        let mut answer = (true, len);
+        let action = Action::Status {
+            len,
+            answer: &mut answer,
+        };
+        self.perform(co, "block status", offset, action)?;
+        let status = match answer {
+            (true, len) => DriverStatus::data(len),
+            (false, len) => DriverStatus::zero(len),
+        };
+        Ok(status.placed(Place::Here(offset)))
+    }
+
+    fn flush(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
+        self.perform(co, "flush", 0, Action::Flush)
+    }
+
+    fn truncate(&self, co: &Co, _graph: &GraphRead<'_>, len: u64, _exact: bool) -> Result<()> {
+        self.perform(co, "resize", len, Action::Resize)
+    }
+
+    fn len(&self) -> u64 {
+        self.disk.len()
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn is_growable(&self) -> bool {
+        self.growable
+    }
+
+    fn native_fua(&self) -> bool {
+        self.fua
+    }
+}

@@ -1,0 +1,300 @@
+//! One graph: its nodes, its lock, its main context. Two of them in a process do not know each
+//! other.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph_lock::{ContextSlot, GraphLock, MAX_CONTEXTS, ReadLocked, TooManyContexts};
+use crate::node::Node;
+use coblock_aio::AioContext;
+use coblock_coroutine::{Co, Schedule, ThreadLock};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+
+#[derive(Default)]
+struct Nodes {
+    by_name: BTreeMap<String, Weak<Node>>,
+    next_automatic: u64,
+}
+
+/// The block graph that `open` builds in. Everything that is global in the reference is in here.
+pub struct Graph {
+    main: Arc<AioContext>,
+    lock: GraphLock,
+    nodes: ThreadLock<Nodes>,
+    live: AtomicUsize,
+}
+
+impl Graph {
+    /// An empty graph. The "main thread" of the rules is the one that drives `main`.
+    pub fn new(main: &Arc<AioContext>) -> Arc<Graph> {
+        let kicked = Arc::downgrade(main);
+        let kick = move || {
+            if let Some(main) = kicked.upgrade() {
+                main.notify();
+            }
+        };
+        Arc::new(Graph {
+            main: main.clone(),
+            lock: GraphLock::new(Box::new(kick)),
+            nodes: ThreadLock::new(Nodes::default()),
+            live: AtomicUsize::new(0),
+        })
+    }
+
+    /// The context whose home changes the graph.
+    pub fn main_context(&self) -> &Arc<AioContext> {
+        &self.main
+    }
+
+    /// Takes the graph lock for reading (rule 7.2). Costs two plain stores; suspends only while a
+    /// writer owns the graph.
+    ///
+    /// # Panics
+    /// When this coroutine already holds a guard (rule 7.7), runs in no context, or more than
+    /// [`MAX_CONTEXTS`] contexts use this graph; [`Graph::try_read`] returns the last as an error.
+    #[inline]
+    #[track_caller]
+    pub fn read<'a>(self: &'a Arc<Graph>, co: &'a Co) -> GraphRead<'a> {
+        match self.read_inner(co) {
+            Ok(guard) => guard,
+            Err(TooManyContexts) => too_many_contexts(),
+        }
+    }
+
+    /// As [`Graph::read`], for programs that make contexts without a bound.
+    ///
+    /// # Errors
+    /// `LimitExceeded` when more than [`MAX_CONTEXTS`] live contexts use this graph.
+    ///
+    /// # Panics
+    /// As [`Graph::read`].
+    #[inline]
+    #[track_caller]
+    pub fn try_read<'a>(self: &'a Arc<Graph>, co: &'a Co) -> Result<GraphRead<'a>> {
+        self.read_inner(co).map_err(|TooManyContexts| {
+            Error::new(
+                ErrorKind::LimitExceeded,
+                format!("more than {MAX_CONTEXTS} event loops send requests into one graph"),
+            )
+        })
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn read_inner<'a>(
+        self: &'a Arc<Graph>,
+        co: &'a Co,
+    ) -> std::result::Result<GraphRead<'a>, TooManyContexts> {
+        let locked = match co.home() {
+            Some(home) => self.lock.read(co, home)?,
+            None => self.lock.read(co, &current_home(co))?,
+        };
+        Ok(GraphRead {
+            locked,
+            graph: self,
+        })
+    }
+
+    /// How many nodes there are. Zero at the end of every program that closes what it opened.
+    pub fn live_nodes(&self) -> usize {
+        self.live.load(Ordering::Acquire)
+    }
+
+    /// How many readers the graph lock counts. A hint unless everybody stands still: contexts are
+    /// looked at one after the other (rule 7.3).
+    pub fn readers(&self) -> u32 {
+        self.lock.sum()
+    }
+
+    /// The node of that name.
+    pub fn find_node(&self, name: &str) -> Option<Arc<Node>> {
+        self.nodes.lock().by_name.get(name)?.upgrade()
+    }
+
+    /// Names of all nodes, sorted.
+    pub fn node_names(&self) -> Vec<String> {
+        let nodes = self.nodes.lock();
+        let alive = nodes
+            .by_name
+            .iter()
+            .filter(|(_, node)| node.strong_count() > 0);
+        alive.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// A name for a node: the given one, checked, or `#block` and a number.
+    pub(crate) fn reserve_name(&self, wanted: Option<String>) -> Result<String> {
+        let mut nodes = self.nodes.lock();
+        let name = match wanted {
+            Some(name) => {
+                if !is_well_formed(&name) {
+                    return Err(Error::new(
+                        ErrorKind::Invalid,
+                        format!("Invalid node-name: '{name}'"),
+                    ));
+                }
+                name
+            }
+            None => {
+                let number = nodes.next_automatic;
+                nodes.next_automatic += 1;
+                format!("#block{number:03}")
+            }
+        };
+        if nodes.by_name.contains_key(&name) {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!("Duplicate nodes with node-name='{name}'"),
+            ));
+        }
+        nodes.by_name.insert(name.clone(), Weak::new());
+        Ok(name)
+    }
+
+    pub(crate) fn release_name(&self, name: &str) {
+        self.nodes.lock().by_name.remove(name);
+    }
+
+    pub(crate) fn add_node(&self, node: &Arc<Node>) {
+        self.nodes
+            .lock()
+            .by_name
+            .insert(node.name().to_owned(), Arc::downgrade(node));
+    }
+
+    pub(crate) fn count_node(&self) {
+        self.live.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn forget_node(&self, name: &str) {
+        self.release_name(name);
+        self.live.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The home of a coroutine that is driven by hand: the context that this thread drives.
+#[cold]
+#[track_caller]
+fn current_home(co: &Co) -> Arc<dyn Schedule> {
+    match coblock_aio::current() {
+        Some(context) => context,
+        None => panic!("{co:?} takes the graph lock outside of every context"),
+    }
+}
+
+#[cold]
+#[track_caller]
+fn too_many_contexts() -> ! {
+    panic!("more than {MAX_CONTEXTS} contexts send requests into one graph")
+}
+
+/// The reference's rule for names: a letter, then letters, digits, `-`, `.` and `_`; below 32
+/// characters.
+fn is_well_formed(name: &str) -> bool {
+    name.len() < 32
+        && name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
+}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Graph")
+            .field("nodes", &self.node_names())
+            .field("readers", &self.readers())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The graph lock, held for reading: the proof that edges stay, which every request carries.
+///
+/// Belongs to one coroutine, hence to one thread:
+/// ```compile_fail,E0277
+/// fn send<T: Send>() {}
+/// send::<coblock_block::GraphRead<'static>>();
+/// ```
+pub struct GraphRead<'a> {
+    locked: ReadLocked<'a>,
+    graph: &'a Arc<Graph>,
+}
+
+impl<'a> GraphRead<'a> {
+    /// The coroutine that holds it.
+    #[inline]
+    pub fn co(&self) -> &'a Co {
+        self.locked.co()
+    }
+
+    /// The context in which the request runs: which row of a table is its own.
+    #[inline]
+    pub fn slot(&self) -> ContextSlot {
+        self.locked.slot()
+    }
+
+    /// The graph that is locked.
+    pub fn graph(&self) -> &'a Arc<Graph> {
+        self.graph
+    }
+}
+
+impl fmt::Debug for GraphRead<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "GraphRead in {:?} by coroutine {}",
+            self.slot(),
+            self.co().id()
+        )
+    }
+}
+
+/// Something that only a writer of the graph changes and only a reader sees: an edge, a list of
+/// edges.
+///
+/// Set once, before the node is published; replacing it comes with the writer half of the lock.
+#[derive(Debug)]
+pub struct GraphCell<T>(OnceLock<T>);
+
+impl<T> Default for GraphCell<T> {
+    fn default() -> Self {
+        Self::empty()
+    }
+}
+
+impl<T> GraphCell<T> {
+    /// Holding `value`.
+    pub fn new(value: T) -> Self {
+        GraphCell(OnceLock::from(value))
+    }
+
+    /// Holding nothing until [`GraphCell::set`].
+    pub fn empty() -> Self {
+        GraphCell(OnceLock::new())
+    }
+
+    /// Fills an empty cell, before anybody can look into it.
+    ///
+    /// # Panics
+    /// When it is full.
+    pub fn set(&self, value: T) {
+        assert!(self.0.set(value).is_ok(), "a graph cell is set twice");
+    }
+
+    /// What it holds.
+    ///
+    /// # Panics
+    /// When it was never set.
+    #[inline]
+    pub fn get<'g>(&'g self, _graph: &'g GraphRead<'_>) -> &'g T {
+        self.0
+            .get()
+            .expect("a graph cell is set before its node is published")
+    }
+
+    /// What it holds, if it was set.
+    #[inline]
+    pub fn try_get<'g>(&'g self, _graph: &'g GraphRead<'_>) -> Option<&'g T> {
+        self.0.get()
+    }
+}

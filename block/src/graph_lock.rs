@@ -1,0 +1,295 @@
+//! The reader half of the graph lock: what lets a request walk the edges (rules 7.1 to 7.4 and
+//! 7.7).
+//!
+//! Each event loop ("context") that sends requests into a graph has a *slot*: an index below
+//! [`MAX_CONTEXTS`] and, on a cache line of its own, a count of readers. Taking and releasing the
+//! lock are plain stores to that line; see `graph_lock/protocol.rs` for the order. What is rare is
+//! under one thread lock: which context has which slot, the counts that dead contexts left behind,
+//! and the readers that wait for a writer.
+
+pub(crate) mod protocol;
+
+mod sync {
+    pub(crate) use crate::sync::*;
+}
+
+use coblock_coroutine::{Co, Held, Hold, Schedule, ThreadLock, WakeHandle};
+use protocol::{ReaderCount, WriterFlags};
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::panic::Location;
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Weak};
+
+/// How many live contexts may send requests into one graph.
+pub const MAX_CONTEXTS: usize = 64;
+
+/// Index of the context in which a request runs, below [`MAX_CONTEXTS`].
+///
+/// Holding one proves that the caller runs on that context's home, which is what allows plain
+/// stores to the context's own words: so it stays on its thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ContextSlot {
+    index: u8,
+    on_its_thread: PhantomData<*const ()>,
+}
+
+impl ContextSlot {
+    #[inline]
+    fn new(index: usize) -> Self {
+        debug_assert!(index < MAX_CONTEXTS);
+        #[expect(clippy::cast_possible_truncation, reason = "below MAX_CONTEXTS")]
+        ContextSlot {
+            index: index as u8,
+            on_its_thread: PhantomData,
+        }
+    }
+
+    /// For tables with a row per context.
+    #[inline]
+    pub fn index(self) -> usize {
+        usize::from(self.index) & (MAX_CONTEXTS - 1)
+    }
+}
+
+#[repr(align(128))]
+struct Slot {
+    count: ReaderCount,
+    /// Address of the context, kept from reuse by the `Weak` in [`Slow::homes`]; 0 is free.
+    home: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Slow {
+    homes: Vec<Option<Weak<dyn Schedule>>>,
+    /// Sum of the counts of dead contexts (rule 7.4).
+    orphans: u32,
+    /// Readers that wait for a writer, by ticket: first come, first woken.
+    queue: BTreeMap<u64, WakeHandle>,
+    next_ticket: u64,
+}
+
+/// The lock of one graph.
+pub(crate) struct GraphLock {
+    flags: WriterFlags,
+    /// Slots from here on were never used.
+    used: AtomicUsize,
+    slots: Box<[Slot; MAX_CONTEXTS]>,
+    slow: ThreadLock<Slow>,
+    /// Makes the writer look again. From any thread.
+    kick: Box<dyn Fn() + Send + Sync>,
+}
+
+/// More contexts at once than a graph has slots.
+#[derive(Debug)]
+pub struct TooManyContexts;
+
+fn address(home: &Arc<dyn Schedule>) -> usize {
+    Arc::as_ptr(home).cast::<()>().addr()
+}
+
+impl GraphLock {
+    pub(crate) fn new(kick: Box<dyn Fn() + Send + Sync>) -> Self {
+        let slot = |_| Slot {
+            count: ReaderCount::new(),
+            home: AtomicUsize::new(0),
+        };
+        GraphLock {
+            flags: WriterFlags::new(),
+            used: AtomicUsize::new(0),
+            slots: Box::new(std::array::from_fn(slot)),
+            slow: ThreadLock::new(Slow::default()),
+            kick,
+        }
+    }
+
+    /// The slot of `home`, if it has one.
+    #[inline(always)]
+    fn find(&self, home: &Arc<dyn Schedule>) -> Option<usize> {
+        let address = address(home);
+        let is_ours = |slot: &Slot| slot.home.load(Ordering::Relaxed) == address;
+        // The main context is the first in most programs.
+        if is_ours(&self.slots[0]) {
+            return Some(0);
+        }
+        let used = self.used.load(Ordering::Acquire);
+        self.slots[..used].iter().position(is_ours)
+    }
+
+    /// Gives `home` a slot: a new one, or that of a context that died (rule 7.4).
+    #[cold]
+    fn register(&self, home: &Arc<dyn Schedule>) -> Result<usize, TooManyContexts> {
+        let mut slow = self.slow.lock();
+        if let Some(index) = self.find(home) {
+            return Ok(index);
+        }
+        let used = slow.homes.len();
+        let dead = |home: &Option<Weak<dyn Schedule>>| {
+            home.as_ref().is_none_or(|home| home.strong_count() == 0)
+        };
+        let index = match slow.homes.iter().position(dead) {
+            Some(index) => index,
+            None if used < MAX_CONTEXTS => {
+                slow.homes.push(None);
+                used
+            }
+            None => return Err(TooManyContexts),
+        };
+        // Pairs with the release of the last strong count: the dead home's plain stores, here and
+        // in every table with a row per context, come before ours.
+        fence(Ordering::Acquire);
+        slow.orphans = slow.orphans.wrapping_add(self.slots[index].count.retire());
+        slow.homes[index] = Some(Arc::downgrade(home));
+        self.slots[index]
+            .home
+            .store(address(home), Ordering::Relaxed);
+        self.used.fetch_max(index + 1, Ordering::Release);
+        Ok(index)
+    }
+
+    /// Rule 7.2. Suspends while a writer owns the graph.
+    ///
+    /// # Panics
+    /// Rule 7.7: when this coroutine holds a read guard already.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn read<'a>(
+        &'a self,
+        co: &'a Co,
+        home: &Arc<dyn Schedule>,
+    ) -> Result<ReadLocked<'a>, TooManyContexts> {
+        if co.holds(Hold::GraphRead) != 0 {
+            refuse_second(co, Location::caller());
+        }
+        let index = match self.find(home) {
+            Some(index) => index,
+            None => self.register(home)?,
+        };
+        let slot = &self.slots[index];
+        if !protocol::enter(&slot.count, &self.flags) {
+            self.enter_slow(co, slot);
+        }
+        Ok(ReadLocked {
+            lock: self,
+            co,
+            slot: ContextSlot::new(index),
+            home: address(home),
+            _held: co.hold(Hold::GraphRead),
+        })
+    }
+
+    /// Counted, and a writer was seen. Returns counted, with no writer.
+    #[cold]
+    fn enter_slow(&self, co: &Co, slot: &Slot) {
+        loop {
+            let ticket = {
+                let mut slow = self.slow.lock();
+                if !self.flags.owned() {
+                    return;
+                }
+                let kick = protocol::leave(&slot.count, &self.flags);
+                let ticket = slow.next_ticket;
+                slow.next_ticket += 1;
+                slow.queue.insert(ticket, co.wake_handle());
+                drop(slow);
+                if kick {
+                    (self.kick)();
+                }
+                Queued { lock: self, ticket }
+            };
+            while self.slow.lock().queue.contains_key(&ticket.ticket) {
+                co.suspend();
+            }
+            drop(ticket);
+            if protocol::enter(&slot.count, &self.flags) {
+                return;
+            }
+        }
+    }
+
+    /// Readers of all contexts and those that dead contexts left behind (rules 7.3, 7.4).
+    pub(crate) fn sum(&self) -> u32 {
+        let orphans = self.slow.lock().orphans;
+        protocol::sum(self.slots.iter().map(|slot| &slot.count), orphans)
+    }
+
+    /// Wakes all that wait, in the order in which they came.
+    #[cfg(test)]
+    fn wake_queue(&self) {
+        let queue = std::mem::take(&mut self.slow.lock().queue);
+        for handle in queue.into_values() {
+            handle.wake();
+        }
+    }
+}
+
+/// A place in the queue; a coroutine that is unwound while it waits leaves it.
+struct Queued<'a> {
+    lock: &'a GraphLock,
+    ticket: u64,
+}
+
+impl Drop for Queued<'_> {
+    fn drop(&mut self) {
+        self.lock.slow.lock().queue.remove(&self.ticket);
+    }
+}
+
+/// The lock, held for reading. Stays on its thread.
+pub(crate) struct ReadLocked<'a> {
+    lock: &'a GraphLock,
+    co: &'a Co,
+    slot: ContextSlot,
+    home: usize,
+    _held: Held<'a>,
+}
+
+impl<'a> ReadLocked<'a> {
+    #[inline]
+    pub(crate) fn co(&self) -> &'a Co {
+        self.co
+    }
+
+    #[inline]
+    pub(crate) fn slot(&self) -> ContextSlot {
+        self.slot
+    }
+}
+
+impl Drop for ReadLocked<'_> {
+    /// Rule 7.3: in the context where the coroutine runs now, which a move may have changed.
+    #[inline(always)]
+    fn drop(&mut self) {
+        let index = match self.co.home() {
+            Some(home) if address(home) != self.home => self.lock.moved_to(home),
+            _ => self.slot.index(),
+        };
+        if protocol::leave(&self.lock.slots[index].count, &self.lock.flags) {
+            (self.lock.kick)();
+        }
+    }
+}
+
+impl GraphLock {
+    #[cold]
+    fn moved_to(&self, home: &Arc<dyn Schedule>) -> usize {
+        self.find(home).or_else(|| self.register(home).ok()).unwrap_or_else(|| {
+            panic!(
+                "a graph guard ends in context '{}', for which there is no slot: {MAX_CONTEXTS} contexts use the graph",
+                home.name()
+            )
+        })
+    }
+}
+
+#[cold]
+fn refuse_second(co: &Co, at: &Location<'_>) -> ! {
+    panic!(
+        "rule 7.7: coroutine {} takes the graph lock at {at} while it holds a read guard of it: \
+         pass that guard instead",
+        co.id()
+    )
+}
+
+#[cfg(test)]
+mod tests;

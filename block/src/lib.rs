@@ -1,0 +1,62 @@
+//! The block graph: nodes, the edges between them, and the requests that go through.
+//!
+//! ```text
+//!   users       mixed           for callers that may or may not be in a coroutine (rules 2.2, 2.3)
+//!               callback        for callers with callbacks (rule 2.4)
+//!               backend         BlockBackend: the user's handle
+//!   nodes       open, gate      from options to nodes; files that an image names
+//!               drivers/        file, raw, null-co, sim
+//!               io/             a request's way through a node: align, serialise, split, bounce, flush, status
+//!               node, child, driver     these three know each other
+//!               graph           all nodes, GraphRead
+//!   below       request_table   requests in flight, who waits for whom
+//!               graph_lock      the reader half of 7.1 to 7.4
+//!               options, error, types, sync
+//! ```
+//! A request is a function call down and a return up; `co: &Co` in a signature means that it may
+//! suspend. Each carries a `&GraphRead`, the proof that edges stay. An edge owns downward,
+//! everything upward is weak.
+//!
+//! There is no `unsafe` here, and no process-wide state: what is global in the reference is in a
+//! [`Graph`].
+
+#![forbid(unsafe_code)]
+#![deny(clippy::disallowed_methods)]
+
+pub mod drivers;
+pub mod gate;
+pub mod mixed;
+pub mod options;
+pub mod request_table;
+pub mod types;
+
+mod backend;
+mod callback;
+mod child;
+mod driver;
+mod error;
+mod graph;
+mod graph_lock;
+mod io;
+mod node;
+mod open;
+mod sync;
+
+pub use backend::BlockBackend;
+pub use callback::AioRequest;
+pub use child::Child;
+pub use driver::{Driver, DriverRegistry, DriverStatus, OpenDriver, Place, Precision};
+pub use error::{Error, ErrorKind, Result, errno_text};
+pub use gate::{Beneath, DenyAll, Dependent, Explicit, LikeReference, OpenGate};
+pub use graph::{Graph, GraphCell, GraphRead};
+pub use graph_lock::{ContextSlot, MAX_CONTEXTS};
+pub use io::Status;
+pub use mixed::Mixed;
+pub use node::{Node, close_unused};
+pub use open::{Opening, open};
+pub use options::{Options, Value};
+pub use request_table::{InFlight, RequestKind, RequestTable, Tracked};
+pub use types::{
+    ChildRole, FileId, Limits, MAX_ALIGNMENT, MAX_LENGTH, MAX_REQUEST, Perm, Permissions,
+    RequestFlags,
+};

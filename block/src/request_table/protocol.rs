@@ -1,0 +1,118 @@
+//! The words of a request table that its fast path touches, and in which order.
+//!
+//! Compiled twice, as `graph_lock/protocol.rs` is: over the real atomics, and in
+//! `tests/loom_request_table.rs` over loom's. The includer provides `super::sync`.
+//!
+//! ```text
+//!   request (plain stores, own row)            who must know all requests (rare)
+//!   live |= bit                                special += 1, or CLOSED        waiters += 1
+//!   light_fence                                heavy_fence                    heavy_fence
+//!   special == 0?  no: look further            look at live                   look at live, then sleep
+//!   ...
+//!   live &= !bit
+//!   light_fence
+//!   waiters == 0?  no: wake them
+//! ```
+
+use super::sync::{AtomicU32, AtomicU64, Ordering, heavy_fence, light_fence};
+
+/// In [`Special`]: new requests are refused.
+const CLOSED: u32 = 1 << 31;
+
+/// Which of 64 places are in use. Stored to by the home of its context only.
+pub(crate) struct Live(AtomicU64);
+
+impl Live {
+    pub(crate) fn new() -> Self {
+        Live(AtomicU64::new(0))
+    }
+
+    /// A place that is not in use; `None` if all are. For the home.
+    #[inline]
+    pub(crate) fn free(&self) -> Option<u32> {
+        let live = self.0.load(Ordering::Relaxed);
+        (live != u64::MAX).then(|| (!live).trailing_zeros())
+    }
+
+    /// Takes a place that is free, whose contents are written. For the home.
+    #[inline]
+    pub(crate) fn publish(&self, place: u32) {
+        let live = self.0.load(Ordering::Relaxed);
+        self.0.store(live | 1 << place, Ordering::Release);
+        light_fence();
+    }
+
+    /// Gives a place back. For the home. `true`: somebody waits and must be woken.
+    #[inline]
+    #[must_use]
+    pub(crate) fn retire(&self, place: u32, waiters: &Waiters) -> bool {
+        let live = self.0.load(Ordering::Relaxed);
+        debug_assert!(live & 1 << place != 0, "a tracked request ends twice");
+        self.0.store(live & !(1 << place), Ordering::Release);
+        light_fence();
+        waiters.any()
+    }
+
+    /// All places in use. Everything that was published before the caller's heavy fence is in it.
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Why a request must look further: serialising requests are there, or the table is closed.
+pub(crate) struct Special(AtomicU32);
+
+impl Special {
+    pub(crate) fn new() -> Self {
+        Special(AtomicU32::new(0))
+    }
+
+    /// Nothing of the kind. Asked after [`Live::publish`].
+    #[inline]
+    pub(crate) fn is_plain(&self) -> bool {
+        self.0.load(Ordering::Acquire) == 0
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.0.load(Ordering::Acquire) & CLOSED != 0
+    }
+
+    /// `false` if it was closed before. A look at [`Live`] comes after [`Waiters::announce`].
+    pub(crate) fn close(&self) -> bool {
+        self.0.fetch_or(CLOSED, Ordering::SeqCst) & CLOSED == 0
+    }
+
+    /// One more serialising request. A look at [`Live`] comes after [`Waiters::announce`].
+    pub(crate) fn raise(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// One less.
+    pub(crate) fn lower(&self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// How many look for requests to end.
+pub(crate) struct Waiters(AtomicU32);
+
+impl Waiters {
+    pub(crate) fn new() -> Self {
+        Waiters(AtomicU32::new(0))
+    }
+
+    #[inline]
+    pub(crate) fn any(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != 0
+    }
+
+    /// From here on each request that ends wakes. Then look at [`Live`], and only then sleep.
+    pub(crate) fn announce(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        heavy_fence();
+    }
+
+    pub(crate) fn leave(&self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
