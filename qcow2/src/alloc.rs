@@ -1,0 +1,328 @@
+//! Which host clusters are free: allocation, and the way of a freed cluster back to its next owner.
+//!
+//! ```text
+//!   mapped --unmapped in memory--> Frees::unmapped --write-back, flush--> Frees::durable
+//!                                                                            |
+//!   handed out <-- count lowered to zero <-- nobody reads or writes it any more
+//! ```
+//!
+//! A cluster that lost its last mapping keeps its count until the file says so durably (otherwise a crash would bring
+//! back a mapping to somebody else's data), and until every request that looked it up is done (rule 9.2). Whatever
+//! happens in between, a crash leaks it at worst.
+
+use std::ops::Range;
+
+use coblock_block::{ErrorKind, GraphRead, Result};
+use coblock_coroutine::Co;
+
+use crate::driver::{Meta, Qcow2};
+use crate::entry::L2Entry;
+use crate::error::Error;
+use crate::spec;
+use crate::types::{HostCluster, HostOffset};
+
+/// Neighbouring host clusters.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Run {
+    pub start: HostOffset,
+    pub clusters: u64,
+    /// The file has never held anything here: it lay past the end, and reads as zeros.
+    pub fresh: bool,
+}
+
+/// Unmapped clusters that may wait for a flush of the user's; with more, the allocator flushes.
+const UNMAPPED_MAX: usize = 1 << 14;
+
+/// Clusters that were unmapped and are not free yet.
+#[derive(Default)]
+pub(crate) struct Frees {
+    /// The unmapping is in memory only, or not flushed.
+    pub unmapped: Vec<Freed>,
+    /// The unmapping is on stable storage.
+    pub durable: Vec<Freed>,
+}
+
+/// One count that some cluster will lose.
+#[derive(Clone, Copy)]
+pub(crate) struct Freed {
+    pub cluster: HostCluster,
+    /// The guest said that it does not need it: its space goes back to the file system.
+    pub give_back: bool,
+}
+
+impl Qcow2 {
+    /// Takes up to `want` neighbouring free clusters, each with a count of one afterwards; exactly `want` if `exact`.
+    ///
+    /// # Errors
+    /// I/O, or the limits of the format; nothing is allocated then.
+    pub(crate) fn allocate(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        meta: &mut Meta,
+        want: u64,
+        exact: bool,
+    ) -> Result<Run> {
+        assert!(want > 0);
+        if self.frees.lock().unmapped.len() >= UNMAPPED_MAX {
+            self.write_back(co, graph, true)?;
+        }
+        self.lower_durable(co, graph, meta)?;
+        let (first, clusters) = self.find_free(co, graph, meta, want, exact)?;
+        for nth in 0..clusters {
+            let raised = self.change_refcount(co, graph, meta, HostCluster(first.0 + nth), true);
+            if let Err(error) = raised {
+                for undo in 0..nth {
+                    // Best effort: what stays counted is a leak. (Hazard O17.)
+                    if let Err(e) =
+                        self.change_refcount(co, graph, meta, HostCluster(first.0 + undo), false)
+                    {
+                        log::warn!("leaked a cluster while undoing an allocation: {e}");
+                    }
+                }
+                return Err(error);
+            }
+        }
+        if meta.cursor == first.0 {
+            meta.cursor = first.0 + clusters;
+        }
+        let start = self.geometry.host_start(first);
+        let fresh = start.0 >= meta.fresh_from;
+        meta.clusters_written(self.geometry.host_start(HostCluster(first.0 + clusters)));
+        Ok(Run {
+            start,
+            clusters,
+            fresh,
+        })
+    }
+
+    /// Finds clusters with a count of zero; makes refcount blocks where the search leaves what they cover.
+    fn find_free(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        meta: &mut Meta,
+        want: u64,
+        exact: bool,
+    ) -> Result<(HostCluster, u64)> {
+        let geometry = &self.geometry;
+        let per_block = geometry.refcount_block_entries();
+        let mut at = HostCluster(meta.cursor);
+        // Free neighbours that end just before `at`.
+        let mut run = 0;
+        let mut skipped_free = false;
+        loop {
+            if at.0 >= (spec::HOST_OFFSET_END >> geometry.cluster_bits()) - want {
+                return Err(Error::ImageFull.into());
+            }
+            let block = geometry.refcount_table_index(at);
+            if self.refcount_table.get(block) == 0 {
+                if run > 0 && !exact {
+                    break;
+                }
+                // All clusters of this range are free, and so is all that follows up to the next block.
+                let blocks = blocks_for(at.0 % per_block, if exact { want } else { 1 }, per_block);
+                if (block..block + blocks).any(|b| self.refcount_table.get(b) != 0) {
+                    // A later block is in the way of a run of this length.
+                    (at, run, skipped_free) = (HostCluster((block + 1) * per_block), 0, true);
+                    continue;
+                }
+                if block + blocks > self.refcount_table.len() {
+                    self.grow_refcount_table(co, graph, meta, block + blocks)?;
+                    (at, run) = (HostCluster(meta.cursor.max(at.0)), 0);
+                    continue;
+                }
+                self.add_refcount_blocks(co, graph, meta, at, blocks)?;
+                (at, run) = (HostCluster(at.0 + blocks), 0);
+                continue;
+            }
+            let Some((pin, index)) = self.pin_refcounts(co, graph, at)? else {
+                unreachable!("the table names a block");
+            };
+            let mut found = false;
+            for index in index..self.counts_per_slice() {
+                if self.count_at(&pin, index) == 0 {
+                    self.assert_no_table(co, graph, at)?;
+                    run += 1;
+                    at.0 += 1;
+                    found = run == want;
+                } else if run > 0 && !exact {
+                    found = true;
+                } else {
+                    skipped_free |= run > 0;
+                    run = 0;
+                    at.0 += 1;
+                }
+                if found {
+                    break;
+                }
+            }
+            if found {
+                break;
+            }
+        }
+        let first = HostCluster(at.0 - run);
+        if !skipped_free {
+            meta.cursor = first.0;
+        }
+        Ok((first, run))
+    }
+
+    /// A cluster with a count of zero that holds a table means that the image is damaged: writing there would
+    /// destroy it. (Hazards O14, Q15.)
+    fn assert_no_table(&self, co: &Co, graph: &GraphRead<'_>, cluster: HostCluster) -> Result<()> {
+        match self.table_at(cluster) {
+            None => Ok(()),
+            Some(table) => {
+                let host = self.geometry.host_start(cluster);
+                Err(self.signal_corruption(co, graph, Error::UncountedTable { table, host }))
+            }
+        }
+    }
+
+    /// Gives back clusters that were allocated and never mapped.
+    ///
+    /// # Errors
+    /// I/O; the rest is leaked then.
+    pub(crate) fn release(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        meta: &mut Meta,
+        run: Run,
+    ) -> Result<()> {
+        let first = self.geometry.host_cluster(run.start);
+        for nth in 0..run.clusters {
+            self.change_refcount(co, graph, meta, HostCluster(first.0 + nth), false)?;
+        }
+        Ok(())
+    }
+
+    /// `cluster` lost one mapping in memory; its count follows when that is durable. Call it after the change of the L2 or L1
+    /// entry, in the same step.
+    pub(crate) fn unmapped(&self, cluster: HostCluster) {
+        self.frees.lock().unmapped.push(Freed {
+            cluster,
+            give_back: false,
+        });
+    }
+
+    /// The same for every cluster that an L2 entry referred to.
+    pub(crate) fn unmapped_range(&self, old: L2Entry, give_back: bool) {
+        let Some((host, len)) = old.host_range(self.geometry) else {
+            return;
+        };
+        let first = self.geometry.host_cluster(host).0;
+        let last = self.geometry.host_cluster(HostOffset(host.0 + len - 1)).0;
+        let mut frees = self.frees.lock();
+        for cluster in (first..=last).map(HostCluster) {
+            frees.unmapped.push(Freed { cluster, give_back });
+        }
+    }
+
+    /// Lowers the counts of clusters whose unmapping is durable and which no request uses any more.
+    ///
+    /// # Errors
+    /// I/O or a damaged image; what was not lowered stays on the list.
+    pub(crate) fn lower_durable(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        meta: &mut Meta,
+    ) -> Result<()> {
+        let mut durable = std::mem::take(&mut self.frees.lock().durable);
+        if durable.is_empty() {
+            return Ok(());
+        }
+        // A request enters itself before its lookup, so either it is among these or it saw the cluster unmapped.
+        let mut in_use = Vec::new();
+        self.in_flight.for_each(|range| in_use.push(range));
+        let mut busy = Vec::new();
+        let mut given_back = Vec::new();
+        let mut result = Ok(());
+        while let Some(freed) = durable.pop() {
+            let start = self.geometry.host_start(freed.cluster).0;
+            let end = start + self.geometry.cluster_size();
+            let overlaps = |range: &Option<Range<u64>>| {
+                range
+                    .as_ref()
+                    .is_none_or(|used| used.start < end && start < used.end)
+            };
+            if in_use.iter().any(overlaps) {
+                busy.push(freed);
+                continue;
+            }
+            match self.change_refcount(co, graph, meta, freed.cluster, false) {
+                Ok(0) if freed.give_back => given_back.push(start),
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Corrupt && self.check_intact().is_ok() => {
+                    // The count was zero already: the image was damaged before we unmapped the cluster.
+                    log::error!("an unmapped cluster was not counted: {error}");
+                }
+                Err(error) => {
+                    busy.push(freed);
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        let mut frees = self.frees.lock();
+        frees.durable.append(&mut busy);
+        frees.durable.append(&mut durable);
+        drop(frees);
+        self.give_back(co, graph, given_back);
+        result
+    }
+
+    /// Returns the space of free clusters to the file system. The metadata mutex is held, so nobody gets them meanwhile.
+    fn give_back(&self, co: &Co, graph: &GraphRead<'_>, mut clusters: Vec<u64>) {
+        clusters.sort_unstable();
+        let size = self.geometry.cluster_size();
+        let mut rest = &clusters[..];
+        while let Some(&start) = rest.first() {
+            let in_row = (0u64..)
+                .zip(rest)
+                .take_while(|&(nth, &at)| at == start + nth * size)
+                .count();
+            let len = in_row as u64 * size;
+            // Advice: the clusters are free whether or not the space is given back.
+            if let Err(error) = self.file.pdiscard(
+                co,
+                graph,
+                start,
+                len.min(self.file.len(graph).saturating_sub(start)),
+            ) {
+                log::debug!("space was not given back: {error}");
+            }
+            rest = &rest[in_row..];
+        }
+    }
+}
+
+/// How many new blocks, laid from `index` of their first range on and followed by `want` clusters, cover both.
+fn blocks_for(index: u64, want: u64, per_block: u64) -> u64 {
+    let mut blocks = 1;
+    while index + blocks + want > blocks * per_block {
+        blocks += 1;
+    }
+    blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// New blocks cover themselves and what is asked for.
+    #[test]
+    fn blocks_cover_themselves() {
+        for (name, index, want, per_block, blocks) in [
+            ("one cluster", 0, 1, 64, 1),
+            ("fills the range", 0, 63, 64, 1),
+            ("one more", 0, 64, 64, 2),
+            ("starts late", 63, 1, 64, 2),
+            ("many", 0, 1000, 64, 16),
+        ] {
+            assert_eq!(blocks_for(index, want, per_block), blocks, "{name}");
+        }
+    }
+}

@@ -1,0 +1,466 @@
+//! The cache of metadata slices: lock-free to read, written back in order, bounded in bytes.
+//!
+//! L2 tables and refcount blocks are read and kept in *slices* of at most 4 KiB, as raw big-endian words.
+//!
+//! ```text
+//!   directory, a word per slice       slots, never unmapped
+//!   [ generation << 32 | slot + 1 ] -> [ 512 words ]      a reader: directory, word, directory again;
+//!   [ 0: not cached               ]                        equal means that the word was valid
+//! ```
+//!
+//! A lookup that hits takes no lock, holds nothing and writes nothing but one recency bit, only where it is
+//! clear. Everything else happens under one short thread lock: who has which slot, who loads, pins,
+//! what is dirty. The victim is found by second chance; dirty, pinned, loading slots and slots on their way to
+//! the disk are none, and who finds no victim waits. What to write when, and after what, is the
+//! business of `writeback.rs`.
+
+use std::sync::OnceLock;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64, fence};
+
+use coblock_block::types::in_memory;
+use coblock_coroutine::{Co, CoQueue, ThreadLock};
+
+use crate::lazy::LazyWords;
+use crate::types::HostOffset;
+
+/// Most bytes in a slice: what a device reads at the price of one sector.
+pub(crate) const SLICE_BYTES_MAX: u64 = 4096;
+/// A cache must be able to hold what one request pins at the same time.
+pub(crate) const SLOTS_MIN: usize = 2;
+
+/// A cache of slices of one kind (L2 or refcount).
+pub(crate) struct SliceCache {
+    /// 64-bit words in a slice.
+    words: usize,
+    directory: LazyWords,
+    slots: Box<[Slot]>,
+    state: ThreadLock<State>,
+    /// Woken when a slot was loaded, unpinned or written back, or when a load was given up.
+    changed: CoQueue,
+    misses: AtomicU64,
+    evictions: AtomicU64,
+}
+
+struct Slot {
+    /// Allocated at first use, so that a large limit costs nothing on a small image.
+    words: OnceLock<Box<[AtomicU64]>>,
+    /// Set by a hit, cleared by the hand that looks for a victim.
+    used: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    slots: Vec<SlotState>,
+    /// Slots that were used at least once; the rest is free and has no state to look at.
+    touched: usize,
+    hand: usize,
+    /// Slots that are being read: few, so a search through them costs less than an index.
+    loading: Vec<usize>,
+    /// How many slots are dirty or on their way to the file.
+    unsaved: usize,
+}
+
+/// What a slot is doing. All under the lock of [`SliceCache::state`].
+#[derive(Default)]
+struct SlotState {
+    slice: Option<u64>,
+    /// Where the slice lies in the file.
+    host: u64,
+    /// Its words are being read; nobody sees them yet, and `pins` is one.
+    loading: bool,
+    /// The words are newer than the file.
+    dirty: bool,
+    /// A copy of the words is on its way to the file: reading the slice anew could see the old ones.
+    writing: bool,
+    pins: u32,
+    generation: u32,
+}
+
+impl SlotState {
+    fn evictable(&self) -> bool {
+        !self.loading && !self.dirty && !self.writing && self.pins == 0
+    }
+}
+
+/// What [`SliceCache::reserve`] found.
+pub(crate) enum Reserved<'a> {
+    /// The slice is here and stays while the pin lives.
+    Ready(Pin<'a>),
+    /// The caller reads it and calls [`Load::publish`].
+    Load(Load<'a>),
+    /// No slot is free before dirty ones are written back.
+    NeedsWriteBack,
+    /// Waited: somebody else was reading the slice, or all slots were pinned. Look again.
+    Again,
+}
+
+/// A dirty slice's content, copied at one instant, to be written at `host`.
+pub(crate) struct Staged {
+    pub host: HostOffset,
+    slot: usize,
+    pub bytes: Vec<u8>,
+}
+
+impl SliceCache {
+    /// A cache for slices of `slice_bytes` that never holds more than `limit_bytes` of them.
+    pub fn new(slice_bytes: u64, limit_bytes: u64) -> Self {
+        assert!(slice_bytes.is_power_of_two() && (512..=SLICE_BYTES_MAX).contains(&slice_bytes));
+        // A directory entry has 32 bits for the slot.
+        let slots = in_memory((limit_bytes / slice_bytes).clamp(SLOTS_MIN as u64, 1 << 24));
+        SliceCache {
+            words: in_memory(slice_bytes / 8),
+            directory: LazyWords::new(),
+            slots: (0..slots)
+                .map(|_| Slot {
+                    words: OnceLock::new(),
+                    used: AtomicBool::new(false),
+                })
+                .collect(),
+            state: ThreadLock::new(State::default()),
+            changed: CoQueue::new(),
+            misses: AtomicU64::new(0),
+            evictions: AtomicU64::new(0),
+        }
+    }
+
+    /// Bytes in a slice.
+    pub fn slice_bytes(&self) -> u64 {
+        self.words as u64 * 8
+    }
+
+    /// Slices that had to be read so far.
+    pub fn misses(&self) -> u64 {
+        self.misses.load(Relaxed)
+    }
+
+    /// Slices that gave way to another so far.
+    pub fn evictions(&self) -> u64 {
+        self.evictions.load(Relaxed)
+    }
+
+    /// Calls `look` with the raw words of `slice` if it is cached, and returns its result if the slice was there
+    /// all the time. `look` may see words of another slice; then its result is thrown away.
+    #[inline]
+    pub fn peek<R>(&self, slice: u64, look: impl FnOnce(&[AtomicU64]) -> R) -> Option<R> {
+        let entry = self.directory.get(slice)?;
+        let before = entry.load(Acquire);
+        let slot = &self.slots[slot_of(before)?];
+        let result = look(slot.words.get()?);
+        // Orders the loads of `look` before the second look at the directory; pairs with `forget`.
+        fence(Acquire);
+        if entry.load(Relaxed) != before {
+            return None;
+        }
+        if !slot.used.load(Relaxed) {
+            slot.used.store(true, Relaxed);
+        }
+        Some(result)
+    }
+
+    /// Finds or makes room for `slice`, which lies at `host`. Suspends only to wait, and then says
+    /// [`Reserved::Again`]: what the caller knew before is out of date.
+    pub fn reserve(&self, co: &Co, slice: u64, host: HostOffset) -> Reserved<'_> {
+        let mut state = self.state.lock();
+        if let Some(slot) = self.find(slice) {
+            let its = &mut state.slots[slot];
+            assert_eq!(its.slice, Some(slice), "directory against state");
+            its.pins += 1;
+            self.slots[slot].used.store(true, Relaxed);
+            return Reserved::Ready(Pin { cache: self, slot });
+        }
+        // A load in progress is not in the directory.
+        let loading = state
+            .loading
+            .iter()
+            .any(|&slot| state.slots[slot].slice == Some(slice));
+        if !loading {
+            if let Some(slot) = self.victim(&mut state) {
+                state.loading.push(slot);
+                let its = &mut state.slots[slot];
+                its.slice = Some(slice);
+                its.host = host.0;
+                its.loading = true;
+                its.pins = 1;
+                its.generation = its.generation.wrapping_add(1);
+                self.misses.fetch_add(1, Relaxed);
+                return Reserved::Load(Load {
+                    cache: self,
+                    slot,
+                    done: false,
+                });
+            }
+            // Also where a write-back is under way: asking for another one waits for it.
+            if state.unsaved > 0 {
+                return Reserved::NeedsWriteBack;
+            }
+        }
+        self.changed.wait_dropping(co, state);
+        Reserved::Again
+    }
+
+    /// The slot that holds `slice`; call it under the lock.
+    fn find(&self, slice: u64) -> Option<usize> {
+        let entry = self.directory.get(slice)?.load(Relaxed);
+        slot_of(entry)
+    }
+
+    /// A slot that may be reused, out of the directory. Second chance: two rounds of the hand at most.
+    fn victim(&self, state: &mut State) -> Option<usize> {
+        if state.touched < self.slots.len() {
+            let slot = state.touched;
+            state.touched += 1;
+            state.slots.push(SlotState::default());
+            return Some(slot);
+        }
+        for _ in 0..2 * state.touched {
+            let slot = state.hand;
+            state.hand = (state.hand + 1) % state.touched;
+            if !state.slots[slot].evictable() {
+                continue;
+            }
+            if self.slots[slot].used.swap(false, Relaxed) {
+                continue;
+            }
+            if let Some(slice) = state.slots[slot].slice {
+                self.forget(slice);
+                self.evictions.fetch_add(1, Relaxed);
+            }
+            return Some(slot);
+        }
+        None
+    }
+
+    /// Takes `slice` out of the directory. Words may be overwritten afterwards: whoever still reads them
+    /// sees the directory change.
+    fn forget(&self, slice: u64) {
+        self.directory.ensure(slice).store(0, Relaxed);
+        fence(Release);
+    }
+
+    /// Copies every dirty slice at this instant and marks it as on its way to the file. Each copy must come
+    /// back through [`SliceCache::written`].
+    pub fn stage_dirty(&self) -> Vec<Staged> {
+        let mut state = self.state.lock();
+        let mut staged = Vec::with_capacity(state.unsaved);
+        for (slot, its) in state.slots.iter_mut().enumerate() {
+            if !its.dirty {
+                continue;
+            }
+            assert!(!its.writing, "one write-back at a time");
+            its.dirty = false;
+            its.writing = true;
+            let words = self.slots[slot]
+                .words
+                .get()
+                .expect("a dirty slice has words");
+            let bytes = words
+                .iter()
+                .flat_map(|word| raw_bytes(word.load(Acquire)))
+                .collect();
+            staged.push(Staged {
+                host: HostOffset(its.host),
+                slot,
+                bytes,
+            });
+        }
+        staged.sort_by_key(|s| s.host);
+        staged
+    }
+
+    /// Ends the write of `staged` slices. Those that did not reach the file are dirty again.
+    pub fn written(&self, staged: &[Staged], ok: bool) {
+        let mut state = self.state.lock();
+        for s in staged {
+            let its = &mut state.slots[s.slot];
+            assert!(its.writing, "only what was staged is written");
+            its.writing = false;
+            its.dirty |= !ok && its.slice.is_some();
+            let saved = !its.dirty;
+            state.unsaved -= usize::from(saved);
+        }
+        drop(state);
+        self.changed.wake_all();
+    }
+
+    /// The table with these slices moved to `host`, where the file has the same words. `switch` publishes the move and runs under the lock.
+    pub fn rehome(&self, first_slice: u64, slices: u64, host: HostOffset, switch: impl FnOnce()) {
+        let mut state = self.state.lock();
+        for its in &mut state.slots {
+            let Some(slice) = its.slice else { continue };
+            if let Some(nth) = slice.checked_sub(first_slice).filter(|&nth| nth < slices) {
+                its.host = host.0 + nth * self.slice_bytes();
+            }
+        }
+        switch();
+    }
+
+    /// Drops every slice that lies in the freed range, unwritten (rule 9.4).
+    pub fn drop_range(&self, start: HostOffset, len: u64) {
+        let mut state = self.state.lock();
+        for slot in 0..state.slots.len() {
+            let its = &mut state.slots[slot];
+            let Some(slice) = its.slice else { continue };
+            if !(start.0..start.0 + len).contains(&its.host) {
+                continue;
+            }
+            if its.loading {
+                // No table points here any more, so its reader will find it out of place.
+                continue;
+            }
+            assert_eq!(its.pins, 0, "a freed table is in use");
+            its.slice = None;
+            let was_dirty = std::mem::take(&mut its.dirty) && !its.writing;
+            self.forget(slice);
+            state.unsaved -= usize::from(was_dirty);
+        }
+    }
+
+    /// Copies the cached words of `slice` over `bytes` if it is cached, newer or not.
+    pub fn overlay(&self, slice: u64, bytes: &mut [u8]) {
+        let state = self.state.lock();
+        let Some(slot) = self.find(slice) else { return };
+        assert_eq!(state.slots[slot].slice, Some(slice));
+        let words = self.slots[slot]
+            .words
+            .get()
+            .expect("a cached slice has words");
+        for (word, raw) in words.iter().zip(bytes.chunks_exact_mut(8)) {
+            raw.copy_from_slice(&raw_bytes(word.load(Acquire)));
+        }
+    }
+
+    /// Is there anything that the file does not have?
+    pub fn has_dirty(&self) -> bool {
+        self.state.lock().unsaved > 0
+    }
+
+    fn unpin(&self, slot: usize) {
+        let mut state = self.state.lock();
+        let its = &mut state.slots[slot];
+        its.pins -= 1;
+        let wake = its.pins == 0;
+        drop(state);
+        if wake {
+            self.changed.wake_all();
+        }
+    }
+}
+
+/// The slot that a directory entry names.
+#[inline]
+fn slot_of(entry: u64) -> Option<usize> {
+    in_memory(entry & 0xffff_ffff).checked_sub(1)
+}
+
+/// A raw word as it stands in the file. Words are kept as they were read, so this is no conversion of
+/// byte order but of type.
+#[expect(
+    clippy::host_endian_bytes,
+    reason = "the word was made by the counterpart of this"
+)]
+fn raw_bytes(word: u64) -> [u8; 8] {
+    word.to_ne_bytes()
+}
+
+/// Counterpart of [`raw_bytes`].
+#[expect(clippy::host_endian_bytes, reason = "undone by raw_bytes")]
+fn raw_word(bytes: &[u8]) -> u64 {
+    u64::from_ne_bytes(bytes.try_into().expect("chunks of eight"))
+}
+
+/// A slot whose slice the holder is reading from the file. Dropped without [`Load::publish`], the slot is
+/// free again.
+pub(crate) struct Load<'a> {
+    cache: &'a SliceCache,
+    slot: usize,
+    done: bool,
+}
+
+impl<'a> Load<'a> {
+    /// Shows what was read, if it is still `in_place`: tables move under the same lock. If not, nothing: look up
+    /// the place again.
+    pub fn publish(mut self, bytes: &[u8], in_place: impl FnOnce() -> bool) -> Option<Pin<'a>> {
+        let cache = self.cache;
+        assert_eq!(bytes.len(), cache.words * 8);
+        let mut state = cache.state.lock();
+        let its = &mut state.slots[self.slot];
+        assert!(its.loading && its.pins == 1, "published once");
+        if !in_place() {
+            drop(state);
+            return None;
+        }
+        let words = cache.slots[self.slot]
+            .words
+            .get_or_init(|| (0..cache.words).map(|_| AtomicU64::new(0)).collect());
+        for (word, raw) in words.iter().zip(bytes.chunks_exact(8)) {
+            word.store(raw_word(raw), Relaxed);
+        }
+        its.loading = false;
+        let slice = its.slice.expect("a loading slot has a slice");
+        let entry = u64::from(its.generation) << 32 | (self.slot as u64 + 1);
+        state.loading.retain(|&slot| slot != self.slot);
+        cache.slots[self.slot].used.store(true, Relaxed);
+        cache.directory.ensure(slice).store(entry, Release);
+        self.done = true;
+        drop(state);
+        cache.changed.wake_all();
+        Some(Pin {
+            cache,
+            slot: self.slot,
+        })
+    }
+}
+
+impl Drop for Load<'_> {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        let mut state = self.cache.state.lock();
+        let its = &mut state.slots[self.slot];
+        its.loading = false;
+        its.slice = None;
+        its.pins = 0;
+        state.loading.retain(|&slot| slot != self.slot);
+        drop(state);
+        self.cache.changed.wake_all();
+    }
+}
+
+/// A slice that cannot be evicted while this lives. Who changes words holds the metadata mutex.
+pub(crate) struct Pin<'a> {
+    cache: &'a SliceCache,
+    slot: usize,
+}
+
+impl Pin<'_> {
+    /// The raw words.
+    pub fn words(&self) -> &[AtomicU64] {
+        self.cache.slots[self.slot]
+            .words
+            .get()
+            .expect("a pinned slice has words")
+    }
+
+    /// Word `index` in host byte order.
+    pub fn load(&self, index: usize) -> u64 {
+        u64::from_be(self.words()[index].load(Acquire))
+    }
+
+    /// Changes word `index`, given in host byte order. The slice is dirty afterwards.
+    pub fn store(&self, index: usize, value: u64) {
+        self.words()[index].store(value.to_be(), Release);
+        let mut state = self.cache.state.lock();
+        let its = &mut state.slots[self.slot];
+        let newly = !its.dirty && !its.writing;
+        its.dirty = true;
+        state.unsaved += usize::from(newly);
+    }
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        self.cache.unpin(self.slot);
+    }
+}

@@ -1,0 +1,363 @@
+//! Writes that change the mapping: dependencies, allocation, copy-on-write, the new L2 entries.
+//!
+//! ```text
+//!   metadata mutex held                       released                          held again
+//!   +-------------------------------------+   +------------------------------+  +------------------------+
+//!   | overlaps a pending one? shorten, or |   | read what surrounds the data |  | enter the new clusters |
+//!   |   wait and look everything up anew  |-->| write it with the data       |->| in L2, take the pending|
+//!   | allocate; publish PendingAllocation |   |                              |  | one off, wake waiters  |
+//!   +-------------------------------------+   +------------------------------+  +------------------------+
+//! ```
+//!
+//! (Rules 2.6 and 9.1, hazards Q1 to Q4.) Nothing learned before a wait is used after it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use coblock_aio::{Gather, IoVec, IoVecMut};
+use coblock_block::types::in_memory;
+use coblock_block::{ErrorKind, GraphRead, RequestFlags, Result};
+use coblock_coroutine::{Co, CoMutexGuard, CoQueue};
+
+use crate::alloc::Run;
+use crate::cache::Pin;
+use crate::driver::{Meta, Qcow2, buffer};
+use crate::entry::L2Entry;
+use crate::types::{GuestCluster, GuestOffset, HostOffset};
+
+/// Clusters that a write has allocated and not yet entered in their L2 table.
+///
+/// Published under the metadata mutex before it is released, and taken off under it, on success and on every error.
+pub(crate) struct PendingAllocation {
+    first: GuestCluster,
+    clusters: u64,
+    /// Writes that wait until this one is off the list; woken in order.
+    waiters: CoQueue,
+}
+
+impl PendingAllocation {
+    /// Does it overlap `clusters` from `first` on?
+    fn overlaps(&self, first: GuestCluster, clusters: u64) -> bool {
+        self.first.0 < first.0 + clusters && first.0 < self.first.0 + self.clusters
+    }
+
+    /// Gives the metadata mutex back and suspends until this allocation is off the list.
+    pub(crate) fn wait(&self, co: &Co, meta: CoMutexGuard<'_, Meta>) {
+        self.waiters.wait_dropping(co, meta);
+    }
+}
+
+impl Meta {
+    /// A pending allocation in these clusters.
+    pub(crate) fn pending_in(
+        &self,
+        first: GuestCluster,
+        clusters: u64,
+    ) -> Option<Arc<PendingAllocation>> {
+        self.pending
+            .iter()
+            .find(|other| other.overlaps(first, clusters))
+            .cloned()
+    }
+}
+
+/// Where the bytes around the data of an allocating write come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Zeros,
+    Host(HostOffset),
+    /// From `skip` on of the cluster that `len` bytes at `host` inflate to.
+    Compressed {
+        host: HostOffset,
+        len: u64,
+        skip: u64,
+    },
+    Backing(GuestOffset),
+}
+
+/// A part of a new cluster that the guest did not write.
+struct Edge {
+    source: Source,
+    len: u64,
+}
+
+/// How a write goes on after its first look.
+enum Plan {
+    /// Nothing to allocate here any more: look the mapping up again.
+    Overwrite,
+    Allocate(Arc<PendingAllocation>, Run, Cow),
+}
+
+/// What to write: the part of the request, and what comes before and after it in its clusters.
+struct Cow {
+    len: u64,
+    head: Edge,
+    tail: Edge,
+}
+
+impl Qcow2 {
+    /// Writes a first part of `data` at `at`, where the mapping must change. Returns how many bytes were written; zero when
+    /// the mapping has changed meanwhile and the caller should look again.
+    ///
+    /// # Errors
+    /// I/O or a damaged image. The range then holds old or new data, nothing outside it has changed.
+    pub(crate) fn write_allocating(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        data: IoVec<'_>,
+    ) -> Result<u64> {
+        let (pending, run, cow) = match self.plan(co, graph, at, data.len() as u64)? {
+            Plan::Overwrite => return Ok(0),
+            Plan::Allocate(pending, run, cow) => (pending, run, cow),
+        };
+        let written =
+            self.write_clusters(co, graph, run, at, data.slice(0, in_memory(cow.len)), &cow);
+
+        let mut meta = self.meta.lock(co);
+        let result = match written {
+            Ok(()) => self.enter_clusters(co, graph, &mut meta, &pending, run),
+            Err(error) => Err(error),
+        };
+        let result = match result {
+            Ok(()) => Ok(cow.len),
+            Err(error) => {
+                // Never mapped, so free at once; what cannot be given back is a leak.
+                if let Err(e) = self.release(co, graph, &mut meta, run) {
+                    log::warn!("leaked clusters of a failed write: {e}");
+                }
+                Err(error)
+            }
+        };
+        meta.pending.retain(|other| !Arc::ptr_eq(other, &pending));
+        drop(meta);
+        pending.waiters.wake_all();
+        match result {
+            Err(error) if error.kind() == ErrorKind::NoSpace && self.has_freed() => {
+                // Freed clusters may serve, once their unmapping is durable. (Hazard Q13.)
+                self.write_back(co, graph, true)?;
+                let mut meta = self.meta.lock(co);
+                self.lower_durable(co, graph, &mut meta)?;
+                if meta.cursor < self.geometry.host_cluster(run.start).0 {
+                    Ok(0)
+                } else {
+                    Err(error)
+                }
+            }
+            result => result,
+        }
+    }
+
+    /// First step: dependencies, allocation, publication.
+    fn plan(&self, co: &Co, graph: &GraphRead<'_>, at: GuestOffset, len: u64) -> Result<Plan> {
+        loop {
+            let mut meta = self.meta.lock(co);
+            self.check_intact()?;
+            let first = self.geometry.guest_cluster(at);
+            let mut last = self.geometry.guest_cluster(GuestOffset(at.0 + len - 1));
+            let mut blocker = None;
+            for other in &meta.pending {
+                if other.first.0 > last.0 || first.0 >= other.first.0 + other.clusters {
+                    continue;
+                }
+                if other.first <= first {
+                    blocker = Some(other.clone());
+                    break;
+                }
+                last = GuestCluster(other.first.0 - 1);
+            }
+            if let Some(other) = blocker {
+                self.counters.dependency_waits.fetch_add(1, Relaxed);
+                other.wait(co, meta);
+                continue;
+            }
+            self.own_l2_table(co, graph, &mut meta, at)?;
+            let Some(pin) = self.pin_l2(co, graph, at)? else {
+                unreachable!("the table was made, and the metadata mutex is held");
+            };
+            let (_, index) = self.l2_place(at);
+            let want = self.clusters_to_allocate(&pin, index, first, last)?;
+            if want == 0 {
+                return Ok(Plan::Overwrite);
+            }
+            let run = self.allocate(co, graph, &mut meta, want, false)?;
+            let cow = self.surroundings(&pin, index, at, len, run.clusters);
+            drop(pin);
+            let cow = match cow {
+                Ok(cow) => cow,
+                Err(error) => {
+                    self.release(co, graph, &mut meta, run)?;
+                    return Err(error);
+                }
+            };
+            let pending = PendingAllocation {
+                first,
+                clusters: run.clusters,
+                waiters: CoQueue::new(),
+            };
+            let pending = Arc::new(pending);
+            meta.pending.push(pending.clone());
+            return Ok(Plan::Allocate(pending, run, cow));
+        }
+    }
+
+    /// How many clusters from `first` to `last` need a new place, in this slice.
+    fn clusters_to_allocate(
+        &self,
+        pin: &Pin<'_>,
+        index: usize,
+        first: GuestCluster,
+        last: GuestCluster,
+    ) -> Result<u64> {
+        let in_slice = (pin.words().len() - index) as u64;
+        let mut clusters = 0;
+        while clusters <= last.0 - first.0 && clusters < in_slice {
+            let at = self.geometry.guest_start(GuestCluster(first.0 + clusters));
+            let raw = pin.load(index + in_memory(clusters));
+            match L2Entry::decode(raw, at, self.geometry) {
+                Ok(L2Entry::Data { copied: true, .. }) => break,
+                Ok(_) => clusters += 1,
+                Err(error) if clusters == 0 => return Err(error.into()),
+                Err(_) => break,
+            }
+        }
+        Ok(clusters)
+    }
+
+    /// What surrounds the part of the request that fits in `clusters`.
+    fn surroundings(
+        &self,
+        pin: &Pin<'_>,
+        index: usize,
+        at: GuestOffset,
+        len: u64,
+        clusters: u64,
+    ) -> Result<Cow> {
+        let size = self.geometry.cluster_size();
+        let head_len = self.geometry.offset_in_cluster(at);
+        let start = at.0 - head_len;
+        let end = start + clusters * size;
+        let len = len.min(end - at.0);
+        let tail_at = at.0 + len;
+        let tail_cluster = (tail_at - 1 - start) / size;
+        let tail_start = start + tail_cluster * size;
+        let head = self.source(pin.load(index), GuestOffset(start), 0)?;
+        let last = pin.load(index + in_memory(tail_cluster));
+        let tail = self.source(last, GuestOffset(tail_start), tail_at - tail_start)?;
+        Ok(Cow {
+            len,
+            head: Edge {
+                source: head,
+                len: head_len,
+            },
+            tail: Edge {
+                source: tail,
+                len: end - tail_at,
+            },
+        })
+    }
+
+    /// Where the bytes from `skip` on of the cluster at `cluster` come from.
+    fn source(&self, entry: u64, cluster: GuestOffset, skip: u64) -> Result<Source> {
+        Ok(match L2Entry::decode(entry, cluster, self.geometry)? {
+            L2Entry::Data { host, .. } => Source::Host(HostOffset(host.0 + skip)),
+            L2Entry::Zero { .. } => Source::Zeros,
+            L2Entry::Compressed { host, len } => Source::Compressed { host, len, skip },
+            L2Entry::Unallocated if self.has_backing() => {
+                Source::Backing(GuestOffset(cluster.0 + skip))
+            }
+            L2Entry::Unallocated => Source::Zeros,
+        })
+    }
+
+    /// Second step, without the mutex: the data and what surrounds it.
+    fn write_clusters(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        run: Run,
+        at: GuestOffset,
+        data: IoVec<'_>,
+        cow: &Cow,
+    ) -> Result<()> {
+        let none = RequestFlags::empty();
+        let in_run = self.geometry.offset_in_cluster(at);
+        // Where the file has never held anything, zeros need not be written.
+        let needless = |edge: &Edge| edge.len == 0 || (run.fresh && edge.source == Source::Zeros);
+        let head = if needless(&cow.head) { 0 } else { cow.head.len };
+        let tail = if needless(&cow.tail) { 0 } else { cow.tail.len };
+        if head == 0 && tail == 0 {
+            return self
+                .file
+                .pwrite(co, graph, run.start.0 + in_run, data, none);
+        }
+        let mut before = buffer(in_memory(head))?;
+        let mut after = buffer(in_memory(tail))?;
+        self.read_edge(co, graph, cow.head.source, &mut before)?;
+        self.read_edge(co, graph, cow.tail.source, &mut after)?;
+        let mut all = Gather::new();
+        all.push(&before[..]);
+        all.push(data);
+        all.push(&after[..]);
+        self.file
+            .pwrite(co, graph, run.start.0 + in_run - head, all.as_iovec(), none)
+    }
+
+    fn read_edge(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        source: Source,
+        into: &mut [u8],
+    ) -> Result<()> {
+        if into.is_empty() {
+            return Ok(());
+        }
+        let none = RequestFlags::empty();
+        match source {
+            // The buffer was made of zeros.
+            Source::Zeros => Ok(()),
+            Source::Host(at) => self.file.pread(co, graph, at.0, IoVecMut::from(into), none),
+            Source::Compressed { host, len, skip } => {
+                let cluster = self.read_compressed(co, graph, host, len)?;
+                let skip = in_memory(skip);
+                into.copy_from_slice(&cluster[skip..skip + into.len()]);
+                Ok(())
+            }
+            Source::Backing(at) => self.read_backing(co, graph, at, IoVecMut::from(into)),
+        }
+    }
+
+    /// Third step, under the mutex: the L2 entries of the new clusters.
+    fn enter_clusters(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        _meta: &mut Meta,
+        pending: &PendingAllocation,
+        run: Run,
+    ) -> Result<()> {
+        let at = self.geometry.guest_start(pending.first);
+        let Some(pin) = self.pin_l2(co, graph, at)? else {
+            unreachable!("tables are never taken away");
+        };
+        // From here on nothing fails or suspends.
+        let (_, index) = self.l2_place(at);
+        let size = self.geometry.cluster_size();
+        for nth in 0..run.clusters {
+            let slot = index + in_memory(nth);
+            let cluster = GuestOffset(at.0 + nth * size);
+            let old = L2Entry::decode(pin.load(slot), cluster, self.geometry);
+            let host = HostOffset(run.start.0 + nth * size);
+            pin.store(
+                slot,
+                L2Entry::Data { host, copied: true }.encode(self.geometry),
+            );
+            if let Ok(old) = old {
+                self.unmapped_range(old, false);
+            }
+        }
+        Ok(())
+    }
+}

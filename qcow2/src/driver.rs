@@ -1,0 +1,778 @@
+//! qcow2 as a driver of the block layer: open, read, write, flush, close.
+//!
+//! ```text
+//!   pread   lookup (cache hit: no lock) -> child file | backing file | zeros
+//!   pwrite  lookup: a cluster of our own -> child file in place
+//!           anything else                -> cow.rs, under the metadata mutex
+//!   flush   writeback.rs
+//! ```
+//!
+//! This is the only file with both plain offsets, as the block layer has them, and ours with their types.
+//!
+//! Locks, from the outer to the inner: `meta` (a coroutine mutex; held across metadata I/O, never across guest data, reads and
+//! writes of copy-on-write, or a wait for another request), `writing_back` (a coroutine mutex; held by one pass, which takes
+//! none of the others). All else is short thread locks, which nobody holds over a suspend.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, OnceLock};
+
+use coblock_aio::{AlignedBuf, IoVec, IoVecMut};
+use coblock_block::types::in_memory;
+use coblock_block::{
+    Child, ChildRole, Driver, DriverStatus, GraphRead, Limits, Precision, RequestFlags,
+    RequestKind, RequestTable, Result,
+};
+use coblock_coroutine::{Co, CoMutex, CoMutexGuard, ThreadLock};
+
+use crate::alloc::Frees;
+use crate::cache::SliceCache;
+use crate::compress::inflate;
+use crate::cow::PendingAllocation;
+use crate::error::Error;
+use crate::header::{Autoclear, Header, Incompatible};
+use crate::mapping::{Extent, Mapped};
+use crate::memtable::MemTable;
+use crate::overlap::ClusterFilter;
+use crate::spec;
+use crate::types::{Geometry, GuestOffset, HostCluster, HostOffset, Version};
+use crate::zero::Empty;
+
+/// An open qcow2 image.
+pub struct Qcow2 {
+    /// Units; the virtual size is [`Qcow2::size`], which grows.
+    pub(crate) geometry: Geometry,
+    /// Bytes that the guest sees.
+    size: AtomicU64,
+    header: Header,
+    read_only: bool,
+    pub(crate) file: Arc<Child>,
+    /// Attached after the image was opened, before the first request.
+    backing: OnceLock<Arc<Child>>,
+    pub(crate) l1: MemTable,
+    pub(crate) l2: SliceCache,
+    pub(crate) refcount_table: MemTable,
+    pub(crate) refcounts: SliceCache,
+    /// The metadata mutex of rule 2.6. A lookup that hits the cache does not take it.
+    pub(crate) meta: CoMutex<Meta>,
+    /// Serial mode of rule 2.6: whoever holds it is the one request; `None` in mutex mode.
+    turns: Option<CoMutex<()>>,
+    /// One write-back pass at a time.
+    pub(crate) writing_back: CoMutex<()>,
+    pub(crate) frees: ThreadLock<Frees>,
+    /// Host ranges of guest data in flight (rule 9.2). A request enters itself with an unknown range *before* its lookup.
+    pub(crate) in_flight: RequestTable,
+    /// Clusters that hold tables.
+    pub(crate) tables: ClusterFilter,
+    /// Set once: why the image takes no more changes.
+    stopped: OnceLock<String>,
+    /// The corrupt bit is set, or would be if the image were writable: said once.
+    corrupt: AtomicBool,
+    /// Are clusters in use of which the file holds nothing? Asked at the first block status.
+    pub(crate) preallocated: OnceLock<bool>,
+    pub(crate) counters: Counters,
+}
+
+/// What the metadata mutex protects, besides the contents of tables.
+pub(crate) struct Meta {
+    /// No cluster below this one is free.
+    pub cursor: u64,
+    /// From this host offset up the file has never held anything.
+    pub fresh_from: u64,
+    pub pending: Vec<Arc<PendingAllocation>>,
+}
+
+impl Meta {
+    /// Clusters up to `end` may hold something from now on.
+    pub fn clusters_written(&mut self, end: HostOffset) {
+        self.fresh_from = self.fresh_from.max(end.0);
+    }
+}
+
+/// What happened so far; all monotonic.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub dependency_waits: AtomicU64,
+    pub refcount_blocks_added: AtomicU64,
+    pub tables_grown: AtomicU64,
+}
+
+/// A copy of the counters of an image, for tests and for people who look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Qcow2Stats {
+    /// Slices of L2 tables that were read because they were not cached.
+    pub l2_misses: u64,
+    /// Slices of L2 tables that gave way to others.
+    pub l2_evictions: u64,
+    /// Slices of refcount blocks that were read.
+    pub refcount_misses: u64,
+    /// Slices of refcount blocks that gave way to others.
+    pub refcount_evictions: u64,
+    /// How often the metadata mutex was taken.
+    pub metadata_locks: u64,
+    /// Writes that waited for another write's allocation.
+    pub dependency_waits: u64,
+    /// Refcount blocks that were added.
+    pub refcount_blocks_added: u64,
+    /// How often the L1 or the refcount table moved to a greater place.
+    pub tables_grown: u64,
+}
+
+/// How requests of one image share it (rule 2.6). Both modes give the same images.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RequestMode {
+    /// Metadata is changed by one request at a time, data I/O is parallel.
+    #[default]
+    Mutex,
+    /// One request at a time, strictly first in first out: what the conversion of 2011 began with, to compare with.
+    Serial,
+}
+
+/// Sizes of the caches, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheSizes {
+    /// For L2 tables.
+    pub l2: u64,
+    /// For refcount blocks.
+    pub refcounts: u64,
+}
+
+/// Most bytes for L2 slices unless told otherwise: maps 256 GiB in clusters of 64 KiB.
+pub const L2_CACHE_DEFAULT_MAX: u64 = 32 << 20;
+/// Fewest bytes for L2 slices unless told otherwise: a small disk may grow, and unused slots cost nothing.
+pub const L2_CACHE_DEFAULT_MIN: u64 = 1 << 20;
+/// Bytes for refcount slices unless told otherwise: counts 8 GiB in clusters of 64 KiB at a time, which suits
+/// an allocator that goes from low to high.
+pub const REFCOUNT_CACHE_DEFAULT: u64 = 256 << 10;
+
+impl CacheSizes {
+    /// What an image of this geometry gets unless told otherwise: enough for all L2 tables, up to a limit.
+    #[must_use]
+    pub fn default_for(geometry: Geometry) -> Self {
+        let tables = geometry.virtual_size().div_ceil(geometry.cluster_size()) * 8;
+        CacheSizes {
+            l2: tables.clamp(L2_CACHE_DEFAULT_MIN, L2_CACHE_DEFAULT_MAX),
+            refcounts: REFCOUNT_CACHE_DEFAULT,
+        }
+    }
+
+    /// The smallest caches that an image of this geometry works with.
+    #[must_use]
+    pub fn smallest_for(geometry: Geometry) -> Self {
+        let least = SLICES_MIN * slice_bytes(geometry);
+        CacheSizes {
+            l2: least,
+            refcounts: least,
+        }
+    }
+}
+
+/// Fewest slices of a cache.
+const SLICES_MIN: u64 = crate::cache::SLOTS_MIN as u64;
+
+fn slice_bytes(geometry: Geometry) -> u64 {
+    geometry.cluster_size().min(crate::cache::SLICE_BYTES_MAX)
+}
+
+const _: () = {
+    const fn shared<T: Send + Sync>() {}
+    shared::<Qcow2>();
+};
+
+impl Qcow2 {
+    /// Opens the image in `file`, whose header was read. A backing file comes by [`Driver::attach`].
+    ///
+    /// Suspends. With `read_only` nothing is ever written.
+    ///
+    /// # Errors
+    /// I/O, a damaged header or table, a feature that we do not serve, an image that needs repair before it is written.
+    pub fn open(
+        co: &Co,
+        graph: &GraphRead<'_>,
+        file: Arc<Child>,
+        mut header: Header,
+        read_only: bool,
+        caches: CacheSizes,
+        mode: RequestMode,
+    ) -> Result<Self> {
+        let geometry = header.geometry;
+        let file_len = file.len(graph);
+        header.validate(file_len)?;
+        if read_only {
+            header.ensure_readable()?;
+        } else {
+            header.ensure_writable()?;
+        }
+        let l1_bytes = u64::from(header.l1_entries) * spec::TABLE_ENTRY_LEN;
+        let l1 = read_table(co, graph, &file, header.l1_offset, l1_bytes)?;
+        let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
+        let refcount_table =
+            read_table(co, graph, &file, header.refcount_table_offset, table_bytes)?;
+        let tables = table_filter(geometry, &header, &l1, &refcount_table);
+
+        if !read_only && geometry.version() == Version::V3 && !header.autoclear.is_empty() {
+            // Bits of features that we do not keep up to date. (Hazards O15, Q20.)
+            header.autoclear = Autoclear::empty();
+            let at = spec::HEADER_AT_AUTOCLEAR;
+            file.pwrite(
+                co,
+                graph,
+                at,
+                IoVec::from(&[0; 8][..]),
+                RequestFlags::empty(),
+            )?;
+            file.flush(co, graph)?;
+        }
+        let slice = slice_bytes(geometry);
+        Ok(Qcow2 {
+            geometry,
+            size: AtomicU64::new(geometry.virtual_size()),
+            read_only,
+            l2: SliceCache::new(slice, caches.l2),
+            refcounts: SliceCache::new(slice, caches.refcounts),
+            meta: CoMutex::new(Meta {
+                cursor: 0,
+                fresh_from: file_len.next_multiple_of(geometry.cluster_size()),
+                pending: Vec::new(),
+            }),
+            turns: (mode == RequestMode::Serial).then(|| CoMutex::new(())),
+            writing_back: CoMutex::new(()),
+            frees: ThreadLock::new(Frees::default()),
+            in_flight: RequestTable::new(),
+            tables,
+            stopped: OnceLock::new(),
+            corrupt: AtomicBool::new(header.incompatible.contains(Incompatible::CORRUPT)),
+            counters: Counters::default(),
+            header,
+            file,
+            backing: OnceLock::new(),
+            preallocated: OnceLock::new(),
+            l1,
+            refcount_table,
+        })
+    }
+
+    /// In serial mode, waits until all requests that came before are done. The turn ends before the caller hears
+    /// of its result, so that it may send the next request at once.
+    #[inline]
+    fn turn(&self, co: &Co) -> Option<CoMutexGuard<'_, ()>> {
+        self.turns.as_ref().map(|turns| turns.lock(co))
+    }
+
+    /// The header as it was when the image was opened.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn stats(&self) -> Qcow2Stats {
+        Qcow2Stats {
+            l2_misses: self.l2.misses(),
+            l2_evictions: self.l2.evictions(),
+            refcount_misses: self.refcounts.misses(),
+            refcount_evictions: self.refcounts.evictions(),
+            metadata_locks: self.meta.lock_count(),
+            dependency_waits: self.counters.dependency_waits.load(Relaxed),
+            refcount_blocks_added: self.counters.refcount_blocks_added.load(Relaxed),
+            tables_grown: self.counters.tables_grown.load(Relaxed),
+        }
+    }
+
+    /// # Errors
+    /// The image takes no more changes; why.
+    pub(crate) fn check_intact(&self) -> Result<()> {
+        match self.stopped.get() {
+            None => Ok(()),
+            Some(why) => Err(Error::Stopped { why: why.clone() }.into()),
+        }
+    }
+
+    /// From now on every change fails: what is in memory and what is in the file may contradict each other.
+    pub(crate) fn take_no_more_changes(&self, why: &str) {
+        if self.stopped.set(why.to_owned()).is_ok() {
+            log::error!("the image takes no more changes until it is opened again: {why}");
+        }
+    }
+
+    /// The image contradicts itself in a way that a write would make worse: marks it as corrupt, in the file too, and
+    /// returns the error for the request that found it. (Hazard O13.)
+    pub(crate) fn signal_corruption(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        what: Error,
+    ) -> coblock_block::Error {
+        if !self.corrupt.swap(true, Relaxed) {
+            log::error!("the image is corrupt: {what}");
+            if !self.read_only && self.geometry.version() == Version::V3 {
+                let bits = self.header.incompatible | Incompatible::CORRUPT;
+                let marked = self.switch_header(
+                    co,
+                    graph,
+                    spec::HEADER_AT_INCOMPATIBLE,
+                    &bits.bits().to_be_bytes(),
+                );
+                if let Err(error) = marked {
+                    log::error!("the image could not be marked as corrupt: {error}");
+                }
+            }
+        }
+        if !self.read_only {
+            self.take_no_more_changes(&format!("the image is corrupt: {what}"));
+        }
+        what.into()
+    }
+
+    /// Are there clusters that a flush could make free?
+    pub(crate) fn has_freed(&self) -> bool {
+        let frees = self.frees.lock();
+        !frees.unmapped.is_empty() || !frees.durable.is_empty()
+    }
+
+    /// The table that `cluster` holds a part of, if any. Slow; asked only where the filter says "perhaps".
+    pub(crate) fn table_at(&self, cluster: HostCluster) -> Option<&'static str> {
+        if !self.tables.may_contain(cluster) {
+            return None;
+        }
+        let covers = |start: HostOffset, bytes: u64| {
+            let first = self.geometry.host_cluster(start).0;
+            (first..first + self.geometry.clusters(bytes).0).contains(&cluster.0)
+        };
+        let host = self.geometry.host_start(cluster).0;
+        if cluster.0 == 0 {
+            Some("image header")
+        } else if covers(self.l1.offset(), self.l1.bytes()) {
+            Some("active L1 table")
+        } else if covers(self.refcount_table.offset(), self.refcount_table.bytes()) {
+            Some("refcount table")
+        } else if self
+            .l1
+            .iter()
+            .any(|(_, e)| e & spec::ENTRY_OFFSET_MASK == host)
+        {
+            Some("L2 table")
+        } else if self
+            .refcount_table
+            .iter()
+            .any(|(_, e)| e & !spec::REFCOUNT_TABLE_RESERVED == host)
+        {
+            Some("refcount block")
+        } else {
+            None
+        }
+    }
+
+    /// Before guest data goes to `host` in place: refuses if a table is there. (Hazard O14.)
+    #[inline]
+    fn check_no_table(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        host: HostOffset,
+        len: u64,
+    ) -> Result<()> {
+        let first = self.geometry.host_cluster(host).0;
+        let last = self.geometry.host_cluster(HostOffset(host.0 + len - 1)).0;
+        for cluster in first..=last {
+            if let Some(table) = self.table_at(HostCluster(cluster)) {
+                let host = self.geometry.host_start(HostCluster(cluster));
+                return Err(self.signal_corruption(co, graph, Error::DataInTable { table, host }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Is there a backing file?
+    pub(crate) fn has_backing(&self) -> bool {
+        self.backing.get().is_some()
+    }
+
+    /// Reads from the backing file; zeros where there is none, or past its end.
+    pub(crate) fn read_backing(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        mut into: IoVecMut<'_>,
+    ) -> Result<()> {
+        match self.backing.get() {
+            Some(backing) => backing.pread(co, graph, at.0, into, RequestFlags::empty()),
+            None => {
+                let len = into.len();
+                into.fill(0, len, 0);
+                Ok(())
+            }
+        }
+    }
+
+    /// Brings the L2 entry of `at` into the cache, if there is one. Call it with nothing in flight: it
+    /// suspends, and another look-up must follow.
+    #[cold]
+    fn load_l2(&self, co: &Co, graph: &GraphRead<'_>, at: GuestOffset) -> Result<()> {
+        self.pin_l2(co, graph, at).map(drop)
+    }
+
+    /// Reads a first part of the range; returns how much.
+    #[inline]
+    fn read_extent(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        mut into: IoVecMut<'_>,
+    ) -> Result<usize> {
+        loop {
+            let in_flight = self
+                .in_flight
+                .begin_unknown(graph.slot(), RequestKind::Other);
+            // Whoever frees a cluster sees us from here on, or we see it unmapped: `begin_unknown` ends with the light
+            // fence that pairs with the heavy one of `lower_durable`.
+            let Some(Extent { what, len }) = self.lookup(at, into.len() as u64)? else {
+                drop(in_flight);
+                self.load_l2(co, graph, at)?;
+                continue;
+            };
+            let len = in_memory(len);
+            match what {
+                Mapped::Data { host, .. } => {
+                    in_flight.set_range(host.0, len as u64);
+                    let into = into.slice(0, len);
+                    self.file
+                        .pread(co, graph, host.0, into, RequestFlags::empty())?;
+                }
+                Mapped::Zero => into.fill(0, len, 0),
+                Mapped::Unallocated => {
+                    drop(in_flight);
+                    self.read_backing(co, graph, at, into.slice(0, len))?;
+                }
+                Mapped::Compressed { host, len: packed } => {
+                    in_flight.set_range(host.0, packed);
+                    let cluster = self.read_compressed(co, graph, host, packed)?;
+                    let from = in_memory(self.geometry.offset_in_cluster(at));
+                    into.copy_from(0, &cluster[from..from + len]);
+                }
+            }
+            return Ok(len);
+        }
+    }
+
+    /// Reads the cluster that `len` bytes at `host` inflate to, on a thread of the pool.
+    pub(crate) fn read_compressed(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        host: HostOffset,
+        len: u64,
+    ) -> Result<AlignedBuf> {
+        // The descriptor counts sectors; the file may end in the last one.
+        let len = len.min(self.file.len(graph).saturating_sub(host.0));
+        let mut packed = buffer(in_memory(len))?;
+        let none = RequestFlags::empty();
+        self.file
+            .pread(co, graph, host.0, IoVecMut::from(&mut packed[..]), none)?;
+        let mut cluster = buffer(self.geometry.cluster_len())?;
+        let kind = self.header.compression;
+        coblock_aio::co::on_pool(co, || inflate(kind, &packed, &mut cluster))
+            .map_err(|why| Error::CompressedData { host, why })?;
+        Ok(cluster)
+    }
+
+    /// Writes a first part of the range; returns how much.
+    #[inline]
+    fn write_extent(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        data: IoVec<'_>,
+    ) -> Result<usize> {
+        loop {
+            let in_flight = self
+                .in_flight
+                .begin_unknown(graph.slot(), RequestKind::Other);
+            let Some(Extent { what, len }) = self.lookup(at, data.len() as u64)? else {
+                drop(in_flight);
+                self.load_l2(co, graph, at)?;
+                continue;
+            };
+            if let Mapped::Data {
+                host,
+                in_place: true,
+            } = what
+            {
+                in_flight.set_range(host.0, len);
+                self.check_no_table(co, graph, host, len)?;
+                let data = data.slice(0, in_memory(len));
+                self.file
+                    .pwrite(co, graph, host.0, data, RequestFlags::empty())?;
+                return Ok(in_memory(len));
+            }
+            drop(in_flight);
+            match self.write_allocating(co, graph, at, data)? {
+                0 => {}
+                written => return Ok(in_memory(written)),
+            }
+        }
+    }
+
+    /// Moves the L1 table to a greater one with at least `entries`. (Hazard O8.)
+    fn grow_l1(&self, co: &Co, graph: &GraphRead<'_>, meta: &mut Meta, entries: u64) -> Result<()> {
+        let geometry = self.geometry;
+        let old_len = self.l1.len();
+        let entries = entries.max(old_len + old_len / 2);
+        let bytes = entries * spec::TABLE_ENTRY_LEN;
+        if bytes > spec::L1_LEN_MAX {
+            return Err(Error::L1TooLarge { bytes }.into());
+        }
+        let run = self.allocate(co, graph, meta, geometry.clusters(bytes).0, true)?;
+        // Every table that the copy will name is complete in the file, and the counts of the new place are durable.
+        self.write_back(co, graph, true)?;
+        let table = self.l1.to_bytes(entries);
+        let none = RequestFlags::empty();
+        self.file
+            .pwrite(co, graph, run.start.0, IoVec::from(&table[..]), none)?;
+        self.file.flush(co, graph)?;
+        let mut field = [0; 12];
+        field[..4].copy_from_slice(&header_field(entries).to_be_bytes());
+        field[4..].copy_from_slice(&run.start.0.to_be_bytes());
+        self.switch_header(co, graph, spec::HEADER_AT_L1_SIZE, &field)?;
+        let old = self.l1.offset();
+        self.l1.moved(run.start, entries, &[]);
+        let first = geometry.host_cluster(run.start).0;
+        for nth in 0..run.clusters {
+            self.tables.insert(HostCluster(first + nth));
+        }
+        self.counters.tables_grown.fetch_add(1, Relaxed);
+        for nth in 0..geometry.clusters(old_len * spec::TABLE_ENTRY_LEN).0 {
+            let cluster = HostCluster(geometry.host_cluster(old).0 + nth);
+            self.change_refcount(co, graph, meta, cluster, false)?;
+        }
+        Ok(())
+    }
+}
+
+/// A buffer of zeros that every driver below takes without copying.
+pub(crate) fn buffer(len: usize) -> Result<AlignedBuf> {
+    const ALIGNMENT: usize = 4096;
+    AlignedBuf::try_new(len, ALIGNMENT)
+        .map_err(|e| coblock_block::Error::from_io(format_args!("buffer of {len} bytes"), e))
+}
+
+/// A count as a header field.
+pub(crate) fn header_field(count: u64) -> u32 {
+    u32::try_from(count).expect("tables are bounded far below this")
+}
+
+/// Reads a whole table. Its length was bounded when the header was decoded.
+fn read_table(
+    co: &Co,
+    graph: &GraphRead<'_>,
+    file: &Child,
+    at: HostOffset,
+    len: u64,
+) -> Result<MemTable> {
+    let mut bytes = buffer(in_memory(len))?;
+    if len > 0 {
+        file.pread(
+            co,
+            graph,
+            at.0,
+            IoVecMut::from(&mut bytes[..]),
+            RequestFlags::empty(),
+        )?;
+    }
+    Ok(MemTable::new(at, &bytes))
+}
+
+/// A filter that knows every cluster with a table of the active disk.
+fn table_filter(
+    geometry: Geometry,
+    header: &Header,
+    l1: &MemTable,
+    refcount_table: &MemTable,
+) -> ClusterFilter {
+    let filter = ClusterFilter::new(l1.len() + refcount_table.len());
+    filter.insert(HostCluster(0));
+    let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
+    for (at, bytes) in [
+        (header.l1_offset, l1.bytes()),
+        (header.refcount_table_offset, table_bytes),
+    ] {
+        let first = geometry.host_cluster(at).0;
+        for cluster in first..first + geometry.clusters(bytes).0 {
+            filter.insert(HostCluster(cluster));
+        }
+    }
+    for (_, entry) in l1.iter() {
+        filter.insert(geometry.host_cluster(HostOffset(entry & spec::ENTRY_OFFSET_MASK)));
+    }
+    for (_, entry) in refcount_table.iter() {
+        filter.insert(geometry.host_cluster(HostOffset(entry & !spec::REFCOUNT_TABLE_RESERVED)));
+    }
+    filter
+}
+
+impl Driver for Qcow2 {
+    fn format(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn len(&self) -> u64 {
+        self.size.load(Acquire)
+    }
+
+    fn limits(&self) -> Limits {
+        let cluster = self.geometry.cluster_size();
+        Limits {
+            zero_alignment: cluster,
+            discard_alignment: cluster,
+            ..Limits::default()
+        }
+    }
+
+    fn pread(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        mut buf: IoVecMut<'_>,
+        _flags: RequestFlags,
+    ) -> Result<()> {
+        let _turn = self.turn(co);
+        let mut done = 0;
+        while done < buf.len() {
+            let rest = buf.len() - done;
+            let at = GuestOffset(offset + done as u64);
+            done += self.read_extent(co, graph, at, buf.slice(done, rest))?;
+        }
+        Ok(())
+    }
+
+    fn pwrite(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        buf: IoVec<'_>,
+        _flags: RequestFlags,
+    ) -> Result<()> {
+        let _turn = self.turn(co);
+        self.check_intact()?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = GuestOffset(offset + done as u64);
+            done += self.write_extent(co, graph, at, buf.slice(done, buf.len() - done))?;
+        }
+        Ok(())
+    }
+
+    fn pwrite_zeroes(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let _turn = self.turn(co);
+        let unmap = flags.contains(RequestFlags::MAY_UNMAP);
+        let how = if unmap {
+            Empty::ZeroAndUnmap
+        } else {
+            Empty::Zero
+        };
+        self.empty_clusters(co, graph, GuestOffset(offset), len, how)
+    }
+
+    fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
+        let _turn = self.turn(co);
+        self.empty_clusters(co, graph, GuestOffset(offset), len, Empty::Discard)
+    }
+
+    fn block_status<'g>(
+        &'g self,
+        co: &Co,
+        graph: &'g GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        precision: Precision,
+    ) -> Result<DriverStatus<'g>> {
+        self.status(co, graph, GuestOffset(offset), len, precision)
+    }
+
+    fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
+        self.file.allocated_bytes(co, graph)
+    }
+
+    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        let _turn = self.turn(co);
+        self.write_back(co, graph, true)?;
+        if !self.frees.lock().durable.is_empty() {
+            let mut meta = self.meta.lock(co);
+            self.lower_durable(co, graph, &mut meta)?;
+        }
+        Ok(())
+    }
+
+    fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, _exact: bool) -> Result<()> {
+        let _turn = self.turn(co);
+        self.check_intact()?;
+        let geometry = self.geometry.with_virtual_size(len)?;
+        let mut meta = self.meta.lock(co);
+        let old = self.size.load(Acquire);
+        if len < old {
+            return Err(Error::Unsupported {
+                feature: "shrinking images",
+            }
+            .into());
+        }
+        if geometry.l1_entries() > self.l1.len() {
+            self.grow_l1(co, graph, &mut meta, geometry.l1_entries())?;
+        }
+        self.switch_header(co, graph, spec::HEADER_AT_SIZE, &len.to_be_bytes())?;
+        self.size.store(len, Release);
+        Ok(())
+    }
+
+    fn attach(&self, role: ChildRole, child: Arc<Child>) -> Result<()> {
+        assert_eq!(role, ChildRole::Backing, "no other file is asked for");
+        assert!(
+            self.backing.set(child).is_ok(),
+            "a backing file is attached once"
+        );
+        Ok(())
+    }
+
+    fn is_format(&self) -> bool {
+        true
+    }
+
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
+    }
+
+    fn close(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        if self.read_only || !(self.has_freed() || self.is_dirty()) {
+            return Ok(());
+        }
+        // Freed clusters lose their counts after the first pass, and the second one writes that.
+        while self.has_freed() || self.is_dirty() {
+            self.flush(co, graph)?;
+        }
+        Ok(())
+    }
+}
+
+impl Qcow2 {
+    fn is_dirty(&self) -> bool {
+        self.l1.has_dirty()
+            || self.l2.has_dirty()
+            || self.refcount_table.has_dirty()
+            || self.refcounts.has_dirty()
+    }
+}

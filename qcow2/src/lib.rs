@@ -1,0 +1,78 @@
+//! The qcow2 image format.
+//!
+//! An image is a file of clusters. The guest's disk is found through two levels of tables, the use of every cluster is
+//! counted in refcounts:
+//!
+//! ```text
+//!   cluster 0                     guest offset -> host offset
+//!  +----------------------+
+//!  | header               |      +----------+      +----------+      +------------+
+//!  |   extensions         |  +-> | L1 table | ---> | L2 table | ---> | data       |
+//!  |   backing file name  |  |   |  ...     |      |  ...     |      | compressed |
+//!  |   l1_table_offset ---|--+   +----------+      +----------+      +------------+
+//!  |   snapshots_offset --|----> snapshot table -> an L1 table for each snapshot
+//!  |   refcount_table ----|--+
+//!  +----------------------+  |   +----------------+      +----------------+
+//!                            +-> | refcount table | ---> | refcount block |   how often each host cluster
+//!                                +----------------+      +----------------+   is referred to
+//! ```
+//!
+//! Modules from top to bottom; each uses only those below it:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`check`] | the consistency of all metadata |
+//! | [`create`], [`layout`] | a new image, and where its tables are |
+//! | [`info`], [`snapshot`], [`bitmap`] | what an image says about itself |
+//! | [`image_file`] | the file below, for operations on whole images |
+//! | [`mod@format`] | opening an image |
+//! | [`driver`] | an open image: read, write, flush |
+//! | `cow`, `zero` | writes, zeroes and discards that change the mapping |
+//! | `status` | what the bytes of the guest's disk are, without reading them |
+//! | `writeback` | what reaches the file in which order |
+//! | `alloc`, `refcount` | which host clusters are free |
+//! | `mapping` | from guest offset to host offset |
+//! | `compress` | inflating a compressed cluster |
+//! | `cache`, `memtable`, `lazy`, `overlap` | tables in memory |
+//! | [`header`], [`extension`], [`feature`] | the first cluster |
+//! | [`entry`], [`width`] | entries of L1, L2 and refcount tables; refcounts of 1 to 64 bits |
+//! | [`types`] | offsets, clusters, [`types::Geometry`] |
+//! | [`error`], [`spec`] | what can be wrong, and the limits |
+#![forbid(unsafe_code)]
+#![deny(clippy::disallowed_methods)]
+#![deny(clippy::little_endian_bytes)]
+
+mod alloc;
+pub mod bitmap;
+mod cache;
+pub mod check;
+mod compress;
+mod cow;
+pub mod create;
+pub mod driver;
+pub mod entry;
+pub mod error;
+pub mod extension;
+pub mod feature;
+pub(crate) mod fields;
+pub mod format;
+pub mod header;
+pub mod image_file;
+pub mod info;
+pub mod layout;
+mod lazy;
+mod mapping;
+mod memtable;
+mod overlap;
+mod refcount;
+pub mod snapshot;
+pub mod spec;
+mod status;
+pub mod types;
+pub mod width;
+mod writeback;
+mod zero;
+
+pub use driver::{CacheSizes, Qcow2, Qcow2Stats, RequestMode};
+pub use error::{Error, Result};
+pub use format::{OpenQcow2, read_header};

@@ -1,0 +1,299 @@
+//! From guest offset to host offset: lookups, and the L2 tables that they go through.
+//!
+//! ```text
+//!   guest offset -> L1 entry, in memory -> slice of an L2 table, cached -> L2 entry -> host offset
+//! ```
+//!
+//! A lookup that hits the cache takes no lock at all. What it returns is true only until the next suspend: between the lookup and the
+//! I/O that uses it nothing suspends, and the request stands in the table of requests in flight all the time (rule 9.2).
+
+use coblock_aio::{IoVec, IoVecMut};
+use coblock_block::types::in_memory;
+use coblock_block::{GraphRead, RequestFlags, Result};
+use coblock_coroutine::Co;
+
+use crate::cache::{Pin, Reserved, SliceCache};
+use crate::driver::{Meta, Qcow2, buffer};
+use crate::entry::{L1Entry, L2Entry};
+use crate::types::{GuestOffset, HostOffset};
+
+/// What a range of the guest's disk is, up to the first change of kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub what: Mapped,
+    /// Bytes, from the offset that was looked up.
+    pub len: u64,
+}
+
+/// Where the bytes of an [`Extent`] are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mapped {
+    /// In the image, from this byte on. `in_place`: nobody else refers to these clusters, so they may be overwritten.
+    Data { host: HostOffset, in_place: bool },
+    /// Nowhere: they read as zeros.
+    Zero,
+    /// In the backing file, if there is one.
+    Unallocated,
+    /// In a compressed cluster: these bytes of the file, at most, inflate to it.
+    Compressed { host: HostOffset, len: u64 },
+}
+
+impl Qcow2 {
+    /// The slice of an L2 table that maps `at`, and the index of its entry there.
+    #[inline]
+    pub(crate) fn l2_place(&self, at: GuestOffset) -> (u64, usize) {
+        let entries = self.l2.slice_bytes() / 8;
+        let cluster = self.geometry.guest_cluster(at).0;
+        (cluster / entries, in_memory(cluster % entries))
+    }
+
+    /// Slices of one L2 table.
+    fn slices_per_table(&self) -> u64 {
+        self.geometry.cluster_size() / self.l2.slice_bytes()
+    }
+
+    /// Looks up to `len` bytes from `at` up without suspending. Nothing where the entry is not in the cache.
+    ///
+    /// # Errors
+    /// A damaged entry.
+    #[inline]
+    pub(crate) fn lookup(&self, at: GuestOffset, len: u64) -> Result<Option<Extent>> {
+        let (slice, index) = self.l2_place(at);
+        if let Some(extent) = self
+            .l2
+            .peek(slice, |words| self.extent(words, index, at, len))
+        {
+            return extent.map(Some);
+        }
+        let index = self.geometry.l1_index(at) as u64;
+        if L1Entry::decode(self.l1.get(index), index, self.geometry)?
+            .host
+            .is_none()
+        {
+            let coverage = self.geometry.l1_entry_coverage();
+            let len = len.min(coverage - at.0 % coverage);
+            return Ok(Some(Extent {
+                what: Mapped::Unallocated,
+                len,
+            }));
+        }
+        Ok(None)
+    }
+
+    /// The extent from `at` on, as far as these entries tell.
+    #[inline]
+    fn extent(
+        &self,
+        words: &[std::sync::atomic::AtomicU64],
+        index: usize,
+        at: GuestOffset,
+        len: u64,
+    ) -> Result<Extent> {
+        let entry = |nth: usize| {
+            u64::from_be(words[index + nth].load(std::sync::atomic::Ordering::Acquire))
+        };
+        let size = self.geometry.cluster_size();
+        let in_cluster = self.geometry.offset_in_cluster(at);
+        let first = self.mapped(entry(0), at)?;
+        let mut known = size - in_cluster;
+        let mut nth = 1;
+        while known < len && index + nth < words.len() {
+            let next_at = GuestOffset(at.0 + known);
+            // An error in a later entry is an error of the request that reaches it.
+            let Ok(next) = self.mapped(entry(nth), next_at) else {
+                break;
+            };
+            let continues = match (first, next) {
+                (
+                    Mapped::Data { host, in_place },
+                    Mapped::Data {
+                        host: next_host,
+                        in_place: next_in_place,
+                    },
+                ) => in_place == next_in_place && next_host.0 == host.0 + known,
+                // Equal ones are of the same kind and in no place; each compressed cluster is on its own.
+                (Mapped::Compressed { .. }, _) => false,
+                (first, next) => first == next,
+            };
+            if !continues {
+                break;
+            }
+            known += size;
+            nth += 1;
+        }
+        Ok(Extent {
+            what: first,
+            len: known.min(len),
+        })
+    }
+
+    /// What one L2 entry says about the byte at `at`.
+    #[inline]
+    fn mapped(&self, entry: u64, at: GuestOffset) -> Result<Mapped> {
+        Ok(match L2Entry::decode(entry, at, self.geometry)? {
+            L2Entry::Unallocated => Mapped::Unallocated,
+            L2Entry::Zero { .. } => Mapped::Zero,
+            L2Entry::Data { host, copied } => {
+                let host = HostOffset(host.0 + self.geometry.offset_in_cluster(at));
+                Mapped::Data {
+                    host,
+                    in_place: copied,
+                }
+            }
+            L2Entry::Compressed { host, len } => Mapped::Compressed { host, len },
+        })
+    }
+
+    /// Where slice `slice` of the L2 tables lies in the file; nothing where no table is.
+    fn l2_slice_host(&self, slice: u64) -> Result<Option<HostOffset>> {
+        let index = slice / self.slices_per_table();
+        let entry = L1Entry::decode(self.l1.get(index), index, self.geometry)?;
+        let in_table = slice % self.slices_per_table() * self.l2.slice_bytes();
+        Ok(entry.host.map(|table| HostOffset(table.0 + in_table)))
+    }
+
+    /// Brings the slice that maps `at` into the cache. Nothing where no L2 table is.
+    ///
+    /// # Errors
+    /// I/O or a damaged L1 entry.
+    pub(crate) fn pin_l2(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+    ) -> Result<Option<Pin<'_>>> {
+        let (slice, _) = self.l2_place(at);
+        self.pin_slice(co, graph, &self.l2, slice, || self.l2_slice_host(slice))
+    }
+
+    /// Brings `slice` into `cache`; `place` tells where it is, and is asked anew after every wait.
+    pub(crate) fn pin_slice<'c>(
+        &'c self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        cache: &'c SliceCache,
+        slice: u64,
+        place: impl Fn() -> Result<Option<HostOffset>>,
+    ) -> Result<Option<Pin<'c>>> {
+        loop {
+            let Some(host) = place()? else {
+                return Ok(None);
+            };
+            match cache.reserve(co, slice, host) {
+                Reserved::Ready(pin) => return Ok(Some(pin)),
+                Reserved::Again => {}
+                Reserved::NeedsWriteBack => self.write_back(co, graph, false)?,
+                Reserved::Load(load) => {
+                    let mut words = buffer(in_memory(cache.slice_bytes()))?;
+                    let into = IoVecMut::from(&mut words[..]);
+                    self.file
+                        .pread(co, graph, host.0, into, RequestFlags::empty())?;
+                    let in_place = || place().is_ok_and(|now| now == Some(host));
+                    if let Some(pin) = load.publish(&words, in_place) {
+                        return Ok(Some(pin));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The L2 table that maps `at`.
+    ///
+    /// # Errors
+    /// A damaged L1 entry.
+    pub(crate) fn l2_table_of(&self, at: GuestOffset) -> Result<Option<HostOffset>> {
+        let index = self.geometry.l1_index(at) as u64;
+        Ok(L1Entry::decode(self.l1.get(index), index, self.geometry)?.host)
+    }
+
+    /// Makes sure that there is an L2 table for `at` which belongs to the active mapping alone.
+    ///
+    /// # Errors
+    /// I/O or a damaged image. The mapping is as before.
+    pub(crate) fn own_l2_table(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        meta: &mut Meta,
+        at: GuestOffset,
+    ) -> Result<()> {
+        let index = self.geometry.l1_index(at) as u64;
+        let entry = L1Entry::decode(self.l1.get(index), index, self.geometry)?;
+        let old = match entry {
+            L1Entry {
+                host: Some(_),
+                copied: true,
+            } => return Ok(()),
+            L1Entry { host, .. } => host,
+        };
+        let run = self.allocate(co, graph, meta, 1, true)?;
+        // The new table is complete in the file before an entry can lead there. (Hazard O5.)
+        let filled = match old {
+            None => self.write_zero_cluster(co, graph, run),
+            Some(old) => self.copy_l2_table(co, graph, index, old, run.start),
+        };
+        if let Err(error) = filled {
+            self.release(co, graph, meta, run)?;
+            return Err(error);
+        }
+        let new = L1Entry {
+            host: Some(run.start),
+            copied: true,
+        }
+        .encode();
+        self.tables.insert(self.geometry.host_cluster(run.start));
+        let slices = self.slices_per_table();
+        self.l2.rehome(index * slices, slices, run.start, || {
+            self.l1.set(index, new)
+        });
+        if let Some(old) = old {
+            self.unmapped(self.geometry.host_cluster(old));
+        }
+        Ok(())
+    }
+
+    /// Writes zeros over a cluster that becomes a table.
+    fn write_zero_cluster(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        run: crate::alloc::Run,
+    ) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        // Past the old end of the file everything reads as zeros; a last piece makes the file reach so far.
+        let len = if run.fresh { size.min(4096) } else { size };
+        let zeros = buffer(in_memory(len))?;
+        let at = run.start.0 + size - len;
+        self.file.pwrite(
+            co,
+            graph,
+            at,
+            IoVec::from(&zeros[..]),
+            RequestFlags::empty(),
+        )
+    }
+
+    /// Copies the table at `old`, which somebody else refers to as well, to `new`.
+    fn copy_l2_table(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        index: u64,
+        old: HostOffset,
+        new: HostOffset,
+    ) -> Result<()> {
+        let mut table = buffer(self.geometry.cluster_len())?;
+        let none = RequestFlags::empty();
+        self.file
+            .pread(co, graph, old.0, IoVecMut::from(&mut table[..]), none)?;
+        let slices = self.slices_per_table();
+        for (nth, bytes) in table
+            .chunks_exact_mut(in_memory(self.l2.slice_bytes()))
+            .enumerate()
+        {
+            self.l2.overlay(index * slices + nth as u64, bytes);
+        }
+        self.file
+            .pwrite(co, graph, new.0, IoVec::from(&table[..]), none)
+    }
+}

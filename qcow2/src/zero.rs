@@ -1,0 +1,138 @@
+//! Requests that change the mapping without data: write zeroes and discard.
+//!
+//! | old entry | zeroes, keep the space | zeroes, may unmap; discard |
+//! |---|---|---|
+//! | data, only ours | zero, cluster kept | zero, cluster freed |
+//! | data, shared; compressed | zero, one reference given up | the same |
+//! | zero with a cluster | as it is | zero, cluster freed |
+//! | unallocated | zero | zeroes: zero; discard: zero over a backing file, else as it is |
+//!
+//! Version 2 has no zero flag: without a backing file "unallocated" says the same, with one nothing
+//! does, and the block layer writes zeros. Whole clusters only; the last one may be cut off by the end of
+//! the disk. A range with a pending allocation is waited for (rule 9.1); freed clusters go the way of all
+//! others (rule 9.2), and those of a discard are given back to the file system on it.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use coblock_block::types::in_memory;
+use coblock_block::{Error as BlockError, ErrorKind, GraphRead, Result};
+use coblock_coroutine::Co;
+
+use crate::driver::Qcow2;
+use crate::entry::L2Entry;
+use crate::types::{GuestOffset, HostOffset, Version};
+
+/// What is to become of the clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Empty {
+    /// They read as zeros and keep their space.
+    Zero,
+    /// They read as zeros, and their space is given back.
+    ZeroAndUnmap,
+    /// Their space is given back; they read as zeros where the format can say so.
+    Discard,
+}
+
+impl Qcow2 {
+    /// Empties the clusters of `len` bytes at `at`, which is the start of one.
+    ///
+    /// # Errors
+    /// `NotSupported` in version 2 over a backing file; I/O or a damaged image: some of the clusters
+    /// may be empty then.
+    pub(crate) fn empty_clusters(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        len: u64,
+        how: Empty,
+    ) -> Result<()> {
+        assert_eq!(
+            self.geometry.offset_in_cluster(at),
+            0,
+            "whole clusters only"
+        );
+        self.check_intact()?;
+        if self.geometry.version() == Version::V2 && self.has_backing() {
+            return Err(BlockError::new(
+                ErrorKind::NotSupported,
+                "a version 2 image cannot hide its backing file",
+            ));
+        }
+        let mut clusters = self.geometry.clusters(len).0;
+        let mut at = at;
+        while clusters > 0 {
+            let done = self.empty_slice(co, graph, at, clusters, how)?;
+            at = GuestOffset(at.0 + done * self.geometry.cluster_size());
+            clusters -= done;
+        }
+        Ok(())
+    }
+
+    /// The same for as many of `clusters` as the slice of `at` maps. Returns how many that are.
+    fn empty_slice(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        clusters: u64,
+        how: Empty,
+    ) -> Result<u64> {
+        let size = self.geometry.cluster_size();
+        let (_, index) = self.l2_place(at);
+        let clusters = clusters.min(self.l2.slice_bytes() / 8 - index as u64);
+        let first = self.geometry.guest_cluster(at);
+        loop {
+            let mut meta = self.meta.lock(co);
+            self.check_intact()?;
+            if let Some(other) = meta.pending_in(first, clusters) {
+                self.counters.dependency_waits.fetch_add(1, Relaxed);
+                other.wait(co, meta);
+                continue;
+            }
+            let stays = how == Empty::Discard && !self.has_backing();
+            if stays && self.l2_table_of(at)?.is_none() {
+                return Ok(clusters);
+            }
+            self.own_l2_table(co, graph, &mut meta, at)?;
+            let Some(pin) = self.pin_l2(co, graph, at)? else {
+                unreachable!("the table was made, and the metadata mutex is held");
+            };
+            for nth in 0..clusters {
+                let slot = index + in_memory(nth);
+                let guest = GuestOffset(at.0 + nth * size);
+                let old = L2Entry::decode(pin.load(slot), guest, self.geometry)?;
+                let new = self.emptied(old, how);
+                if new == old {
+                    continue;
+                }
+                pin.store(slot, new.encode(self.geometry));
+                if new.host_range(self.geometry) != old.host_range(self.geometry) {
+                    self.unmapped_range(old, how != Empty::Zero);
+                }
+            }
+            return Ok(clusters);
+        }
+    }
+
+    /// The entry that `old` becomes; the table at the head of this file.
+    fn emptied(&self, old: L2Entry, how: Empty) -> L2Entry {
+        let zero = |host: Option<HostOffset>| match self.geometry.version() {
+            Version::V3 => L2Entry::Zero {
+                host,
+                copied: host.is_some(),
+            },
+            Version::V2 => L2Entry::Unallocated,
+        };
+        let keeps = how == Empty::Zero && self.geometry.version() == Version::V3;
+        match old {
+            L2Entry::Data { host, copied: true }
+            | L2Entry::Zero {
+                host: Some(host),
+                copied: true,
+            } if keeps => zero(Some(host)),
+            L2Entry::Unallocated if how == Empty::Discard && !self.has_backing() => old,
+            _ => zero(None),
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! Hostile images: each public weakness of this format's programs, by its name.
+//!
+//! Every image is described, checked, read and written. Wanted: a result or a clear error, no panic, nothing opened but
+//! the file itself, less than a second of processor time and less than 128 MiB of memory each.
+
+mod support;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use coblock_aio::{ContextOptions, EngineKind, Home};
+use coblock_block::drivers::sim::{Fault, Match, SimDisk};
+use coblock_block::{
+    BlockBackend, DenyAll, Dependent, DriverRegistry, ErrorKind, Graph, OpenGate, Options,
+    RequestFlags, Result, open,
+};
+use coblock_qcow2::OpenQcow2;
+use coblock_qcow2::create::{CreateOptions, create};
+use coblock_qcow2::image_file::ImageFile;
+use coblock_qcow2::info::Info;
+use support::corpus::Want::{self, Bad, Good};
+use support::corpus::{add_extension, cases, changed};
+use support::damage::{Rng, damage, seeds};
+use support::{add_cluster, add_l2, add_snapshots, empty_image, put32, put64, snapshot};
+
+/// Tests that measure this process run one at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    // Another test that failed is told by itself.
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A gate that must not be asked.
+struct NobodyAsks;
+
+impl OpenGate for NobodyAsks {
+    fn dependent(&self, wanted: &Dependent<'_>) -> Result<Options> {
+        panic!("a look at the image asks for {wanted:?}");
+    }
+}
+
+struct World {
+    home: Home,
+    graph: Arc<Graph>,
+    registry: DriverRegistry,
+}
+
+impl World {
+    fn new() -> Self {
+        let context = ContextOptions {
+            engine: EngineKind::None,
+            ..ContextOptions::default()
+        };
+        let home = Home::new(context).unwrap();
+        let graph = Graph::new(home.context());
+        let mut registry = DriverRegistry::with_builtin();
+        registry.register("qcow2", Box::new(OpenQcow2));
+        Self {
+            home,
+            graph,
+            registry,
+        }
+    }
+
+    /// Looks at the file without its format.
+    fn look<R>(
+        &self,
+        disk: &Arc<SimDisk>,
+        f: impl FnOnce(&ImageFile<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let options = Options::new()
+            .with("driver", "sim")
+            .with_object("disk", disk.clone());
+        self.home.run(|co| {
+            let node = open(co, &self.graph, &self.registry, &NobodyAsks, options)?;
+            let file = BlockBackend::new(&self.graph, node);
+            let result = f(&ImageFile::of_backend(co, &file));
+            file.close(co)?;
+            result
+        })
+    }
+
+    /// Opens the image, reads (or writes) its first and last clusters, flushes, closes.
+    fn use_it(&self, disk: &Arc<SimDisk>, write: bool) -> Result<()> {
+        let options = Options::new()
+            .with("driver", "qcow2")
+            .with("read-only", if write { "off" } else { "on" })
+            .with("file.driver", "sim")
+            .with_object("file.disk", disk.clone());
+        self.home.run(|co| {
+            let node = open(co, &self.graph, &self.registry, &DenyAll, options)?;
+            let image = BlockBackend::new(&self.graph, node);
+            let len = image.len().min(0x2_0000);
+            let mut buf = vec![0x77; usize::try_from(len).unwrap()];
+            let last = image.len() - len;
+            let mut result = Ok(());
+            for at in [0, last] {
+                let done = if write {
+                    image.pwrite(co, at, &buf[..], RequestFlags::empty())
+                } else {
+                    image.pread(co, at, &mut buf[..])
+                };
+                result = result.and(done);
+            }
+            if write {
+                result = result.and(image.flush(co));
+            }
+            // An image that refused a write may refuse to close well, too.
+            let closed = image.close(co);
+            result.and(closed)
+        })
+    }
+
+    fn end(self) {
+        assert_eq!(self.graph.live_nodes(), 0);
+        assert_eq!(self.home.context().live_coroutines(), 0);
+        self.home.close();
+    }
+}
+
+/// Processor time of this process in milliseconds.
+fn cpu_ms() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat
+        .rsplit(')')
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .collect();
+    // User and system time, in hundredths of a second.
+    10 * (fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap())
+}
+
+/// Memory of this process in KiB: `VmRSS` now, `VmHWM` the most since the last [`forget_peak`].
+fn memory_kib(which: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with(which)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn forget_peak() {
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+}
+
+fn judge(name: &str, what: &str, got: Result<()>, want: Want) {
+    match (got, want) {
+        (Ok(()), Good) => {}
+        (Err(error), Bad(part)) if error.to_string().contains(part) => {}
+        (got, want) => panic!("{name}: {what} gave {got:?} instead of {want:?}"),
+    }
+}
+
+#[test]
+fn hostile_images() {
+    let _alone = alone();
+    let verbose = std::env::var_os("VERBOSE").is_some();
+    for case in cases() {
+        let world = World::new();
+        let disk = (case.disk)();
+        forget_peak();
+        let (cpu, memory) = (cpu_ms(), memory_kib("VmRSS:"));
+        let info = world.look(&disk, |file| Info::read(file).map(drop));
+        let report = world.look(&disk, support::image::report);
+        let read = world.use_it(&disk, false);
+        let write = world.use_it(&disk, true);
+        let (cpu, memory) = (cpu_ms() - cpu, memory_kib("VmHWM:").saturating_sub(memory));
+        if verbose {
+            println!("{}\n  {cpu} ms, {memory} KiB\n  info {info:?}", case.name);
+            println!(
+                "  check {:?}\n  read {read:?}\n  write {write:?}",
+                report.as_ref().map(|r| r.0)
+            );
+            world.end();
+            continue;
+        }
+        judge(case.name, "info", info, case.info);
+        judge(case.name, "check", report.map(drop), case.check);
+        judge(case.name, "read", read, case.read);
+        judge(case.name, "write", write, case.write);
+        world.end();
+        assert!(cpu < 1000, "{}: {cpu} ms of processor time", case.name);
+        assert!(
+            memory < 128 << 10,
+            "{}: {memory} KiB more memory",
+            case.name
+        );
+    }
+}
+
+/// CVE-2014-0146: each read of looking at and of opening an image with snapshots fails once. An error each time, and
+/// nothing left behind.
+#[test]
+fn every_read_fails_once() {
+    let _alone = alone();
+    let build = || {
+        changed(|image| {
+            let l1 = add_cluster(image);
+            add_l2(image, &[]);
+            add_snapshots(image, &snapshot(l1, 1, b"1"), 1);
+        })
+    };
+    let mut failed = 0;
+    for n in 0.. {
+        let mut hit = false;
+        for what in 0..4 {
+            let world = World::new();
+            let disk = build();
+            disk.fail(Fault::new(Match::reads(), 5).after(n));
+            let result = match what {
+                0 => world.look(&disk, |file| Info::read(file).map(drop)),
+                1 => world.look(&disk, |file| {
+                    let (report, _) = support::image::report(file)?;
+                    // A table that could not be read is told in the report.
+                    if report.check_errors > 0 {
+                        return Err(coblock_block::Error::new(
+                            ErrorKind::Io,
+                            "told in the report",
+                        ));
+                    }
+                    Ok(())
+                }),
+                _ => world.use_it(&disk, what == 3),
+            };
+            if let Err(error) = result {
+                hit = true;
+                failed += 1;
+                assert_eq!(error.kind(), ErrorKind::Io, "read {n}, {what}: {error}");
+            }
+            world.end();
+        }
+        if !hit {
+            break;
+        }
+    }
+    assert!(failed > 8, "only {failed} reads failed");
+}
+
+/// Chains of backing files that end in themselves or never: an error that says so, whatever the gate lets through.
+#[test]
+fn backing_chains_without_end() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, backing: &str| {
+        let mut image = empty_image(12);
+        put64(&mut image, 8, 0x200);
+        put32(&mut image, 16, u32::try_from(backing.len()).unwrap());
+        image[0x200..0x200 + backing.len()].copy_from_slice(backing.as_bytes());
+        add_extension(&mut image, 0xe279_2aca, b"qcow2");
+        std::fs::write(dir.path().join(name), image).unwrap();
+    };
+    write("self", "self");
+    write("a", "b");
+    write("b", "./a");
+    std::os::unix::fs::symlink("link", dir.path().join("target")).unwrap();
+    write("link", "target");
+    for n in 0..300 {
+        write(&format!("deep{n}"), &format!("deep{}", n + 1));
+    }
+    std::fs::write(dir.path().join("deep300"), empty_image(12)).unwrap();
+    for name in ["self", "a", "link", "deep0"] {
+        let context = ContextOptions {
+            engine: EngineKind::Threads,
+            ..ContextOptions::default()
+        };
+        let home = Home::new(context).unwrap();
+        let graph = Graph::new(home.context());
+        let mut registry = DriverRegistry::with_builtin();
+        registry.register("qcow2", Box::new(OpenQcow2));
+        let path = dir.path().join(name);
+        let options =
+            Options::format_on_file("qcow2", support::text(&path)).with("read-only", "on");
+        let gate = coblock_block::LikeReference::new();
+        let error = home
+            .run(|co| open(co, &graph, &registry, &gate, options).map(drop))
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Chain, "{name}: {error}");
+        assert_eq!(graph.live_nodes(), 0, "{name}");
+        assert_eq!(home.context().live_coroutines(), 0, "{name}");
+        home.close();
+    }
+}
+
+/// An image that our own driver wrote, of this geometry.
+fn written(cluster_size: u64, refcount_bits: u64) -> Vec<u8> {
+    let world = World::new();
+    let disk = SimDisk::new(0);
+    let mut options = CreateOptions::new(1 << 20);
+    (options.cluster_size, options.refcount_bits) = (cluster_size, refcount_bits);
+    let sim = Options::new()
+        .with("driver", "sim")
+        .with_object("disk", disk.clone());
+    world.home.run(|co| {
+        let node = open(co, &world.graph, &world.registry, &DenyAll, sim).unwrap();
+        let file = BlockBackend::new(&world.graph, node);
+        create(&ImageFile::of_backend(co, &file), &options).unwrap();
+        file.close(co).unwrap();
+    });
+    world.use_it(&disk, true).unwrap();
+    world.end();
+    disk.contents()
+}
+
+/// Damage at random: whatever is done with the image, there is a result or an error, and nothing is left behind. Needs
+/// no tools of the reference.
+#[test]
+fn damage_at_random() {
+    let _alone = alone();
+    let bases = [(512, 16), (512, 1), (1024, 64), (4096, 16), (65536, 8)]
+        .map(|(cluster_size, refcount_bits)| written(cluster_size, refcount_bits));
+    let (mut refused, mut worked) = (0, 0);
+    for seed in seeds(400) {
+        let mut rng = Rng::new(seed);
+        let mut image = bases[rng.index(bases.len())].clone();
+        let done = damage(&mut image, &mut rng);
+        let disk = SimDisk::with_contents(&image);
+        let cpu = cpu_ms();
+        let world = World::new();
+        let _ = world.look(&disk, |file| Info::read(file).map(drop));
+        let _ = world.look(&disk, support::image::report);
+        for write in [false, true, true] {
+            match world.use_it(&disk, write) {
+                Ok(()) => worked += 1,
+                Err(_) => refused += 1,
+            }
+        }
+        world.end();
+        // Both tests of this program may run at once.
+        assert!(
+            cpu_ms() - cpu < 3000,
+            "seed {seed}: {done:?} takes for ever"
+        );
+    }
+    assert!(
+        refused > 100 && worked > 100,
+        "{refused} refused, {worked} worked: too much of one"
+    );
+}
