@@ -1,0 +1,208 @@
+//! Promise: every rule that we follow has a row in `docs/fidelity/`, and every row's test exists.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The rules that are built so far.
+const RULES: &[&str] = &[
+    "1.1", "1.2", "1.3", "1.4", "1.5", "1.6", "1.7", "1.8", "1.9", "1.10", //
+    "2.1", "2.2", "2.3", "2.4", "2.5", "2.6", "2.7", //
+    "3.1", "3.2", "3.3", "3.4", "3.5", "3.6", "3.7", "3.8", "3.9", "3.10", //
+    "4.1", "4.2", "4.3", "4.4", //
+    "5.7", //
+    "7.1", "7.2", "7.3", "7.4", "7.7", //
+    "9.1", "9.2", "9.3", "9.4",
+];
+
+/// Folders with sources whose functions a row may name.
+const SOURCES: [&str; 8] = [
+    "coroutine",
+    "aio",
+    "block",
+    "qcow2",
+    "src",
+    "tools",
+    "tests",
+    "xtask",
+];
+
+/// A rule without a row is not followed on purpose, and a row without its test is a claim.
+#[test]
+fn every_rule_has_a_test_that_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let Named {
+        tests,
+        helpers,
+        refusals,
+    } = named(root);
+    let mut rows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut wrong = Vec::new();
+    for crate_name in ["coroutine", "aio", "block", "qcow2"] {
+        let path = root
+            .join("docs/fidelity")
+            .join(crate_name)
+            .with_extension("md");
+        let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let mut column = None;
+        for line in text.lines() {
+            let cells: Vec<&str> = line
+                .trim()
+                .trim_matches('|')
+                .split('|')
+                .map(str::trim)
+                .collect();
+            if !line.trim_start().starts_with('|') {
+                column = None;
+                continue;
+            }
+            if let Some(at) = cells
+                .iter()
+                .position(|c| c.eq_ignore_ascii_case("test") || c.eq_ignore_ascii_case("tests"))
+            {
+                column = Some(at);
+                continue;
+            }
+            let rule = cells[0].trim_matches(|c| c == '*' || c == '`');
+            let (Some(column), true) = (column, rule.starts_with(|c: char| c.is_ascii_digit()))
+            else {
+                continue;
+            };
+            let named = names(cells.get(column).unwrap_or(&""));
+            // A rule that comes later may have its row already, without a test.
+            if named.is_empty() && rule.split(',').any(|r| RULES.contains(&r.trim())) {
+                wrong.push(format!("{crate_name}.md: rule {rule} names no test"));
+            }
+            for name in named {
+                let said = |before: &str| cells[column].contains(&format!("{before} `{name}`"));
+                let found = if said("doc test of") {
+                    refusals.contains(&name)
+                } else if said("that use") {
+                    helpers.contains(&name)
+                } else {
+                    tests.contains(&name)
+                };
+                if !found {
+                    wrong.push(format!(
+                        "{crate_name}.md: rule {rule}: no test function `{name}`"
+                    ));
+                }
+                for rule in rule.split(',').map(str::trim) {
+                    rows.entry(rule.to_string())
+                        .or_default()
+                        .insert(name.clone());
+                }
+            }
+        }
+    }
+    wrong.extend(
+        RULES
+            .iter()
+            .filter(|r| !rows.contains_key(**r))
+            .map(|r| format!("rule {r}: no row")),
+    );
+    assert!(wrong.is_empty(), "docs/fidelity:\n{}", wrong.join("\n"));
+}
+
+/// The last part of each path in backticks.
+fn names(cell: &str) -> Vec<String> {
+    cell.split('`')
+        .skip(1)
+        .step_by(2)
+        .map(|path| path.rsplit("::").next().unwrap_or(path).trim_end_matches("()").to_string())
+        // A file is where the test lies, not its name.
+        .filter(|name| !name.contains('/') && !name.contains('.'))
+        .collect()
+}
+
+/// What a row may name.
+#[derive(Default)]
+struct Named {
+    /// Functions below a test attribute.
+    tests: BTreeSet<String>,
+    /// All other functions: "all tests that use `each_engine`".
+    helpers: BTreeSet<String>,
+    /// Types whose documentation shows what does not compile: "the doc test of `Node`".
+    refusals: BTreeSet<String>,
+}
+
+fn named(root: &Path) -> Named {
+    let mut named = Named::default();
+    for folder in SOURCES {
+        let mut folders = vec![root.join(folder)];
+        while let Some(folder) = folders.pop() {
+            for path in entries(&folder) {
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.extension().is_some_and(|e| e == "rs") {
+                    named.collect(&fs::read_to_string(&path).expect("a source file"));
+                }
+            }
+        }
+    }
+    named
+}
+
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    entries.map(|e| e.expect("readable").path()).collect()
+}
+
+impl Named {
+    fn collect(&mut self, source: &str) {
+        let name = |rest: &str| -> String {
+            rest.chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect()
+        };
+        let (mut attribute, mut refused) = (false, false);
+        for line in source.lines().map(str::trim) {
+            // `proptest!` and loom's models carry the same attribute.
+            attribute |= line.starts_with("#[test]");
+            // The documentation of a type, up to its own line.
+            refused |= line.starts_with("/// ```compile_fail");
+            let line = line.strip_prefix("pub ").unwrap_or(line);
+            if let Some(rest) = line.strip_prefix("fn ") {
+                let functions = if attribute {
+                    &mut self.tests
+                } else {
+                    &mut self.helpers
+                };
+                functions.insert(name(rest));
+                attribute = false;
+            }
+            if let Some(rest) = line.strip_prefix("struct ") {
+                if refused {
+                    self.refusals.insert(name(rest));
+                }
+                refused = false;
+            }
+        }
+    }
+}
+
+/// The reader of tables sees what it should: paths are cut, files are no tests, and only tests count.
+#[test]
+fn rows_and_tests_are_read_rightly() {
+    assert_eq!(
+        names("`a::b::one`, `two()` in `aio/src/x.rs`"),
+        ["one", "two"]
+    );
+    let mut found = Named::default();
+    let source = [
+        "fn helper() {}",
+        "#[test]",
+        "#[should_panic]",
+        "fn real() {}",
+        "fn other() {}",
+        "pub struct Plain;",
+        "/// ```compile_fail",
+        "pub struct Refused;",
+    ]
+    .join("\n");
+    found.collect(&source);
+    let list = |set: BTreeSet<String>| set.into_iter().collect::<Vec<_>>();
+    assert_eq!(list(found.tests), ["real"]);
+    assert_eq!(list(found.helpers), ["helper", "other"]);
+    assert_eq!(list(found.refusals), ["Refused"]);
+}

@@ -1,0 +1,13 @@
+//! The suite: one file a promise, one binary for all. `docs/testing.md` says how they work.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod cached_path;
+mod complete;
+mod failing_disk;
+mod fidelity;
+mod power_cut;
+mod simulated;
+mod they_read_ours;
+mod we_read_theirs;

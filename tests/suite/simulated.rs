@@ -1,0 +1,70 @@
+//! Promise: whatever order the disk answers in, with caches that hold next to nothing and at least 32 requests in
+//! flight, every read returns what the model allows, and the image is sound at the end: no error, no leak.
+
+use std::collections::BTreeSet;
+
+use crate::support::peer;
+use crate::support::script::Params;
+use crate::support::sim;
+
+/// How many seeds: 60, or as many as `COBLOCK_TEST_SEEDS` says, for a long run.
+fn seeds() -> u64 {
+    match std::env::var("COBLOCK_TEST_SEEDS") {
+        Ok(text) => text.parse().expect("COBLOCK_TEST_SEEDS is a number"),
+        Err(_) => 60,
+    }
+}
+
+/// The swarm: 9.1 to 9.4 under random overlapping reads, writes and flushes. Each run must have been through an
+/// eviction, a wait for another write's allocation and a new refcount block, or it has shown nothing.
+#[test]
+fn random_scripts_obey_the_model() {
+    let mut geometries = BTreeSet::new();
+    for seed in 0..seeds() {
+        let params = Params::draw(seed);
+        let seen = sim::run(&params);
+        assert!(seen.peak >= 32, "seed {seed}: {} in flight", seen.peak);
+        assert!(
+            seen.stats.l2_evictions > 0,
+            "seed {seed}: no eviction: {:?}",
+            seen.stats
+        );
+        assert!(
+            seen.stats.dependency_waits > 0,
+            "seed {seed}: no dependency wait: {:?}",
+            seen.stats
+        );
+        assert!(
+            seen.stats.refcount_blocks_added > 0,
+            "seed {seed}: no growth: {:?}",
+            seen.stats
+        );
+        geometries.insert((params.version, params.cluster_bits, params.refcount_order));
+    }
+    assert!(geometries.len() >= 10, "only {geometries:?}");
+}
+
+/// A seed replays step by step: what the disk is sent, in which order, with which bytes, at which time.
+#[test]
+fn a_seed_gives_the_same_run_twice() {
+    for seed in 1000..1006 {
+        let params = Params::draw(seed);
+        let (first, second) = (sim::run(&params), sim::run(&params));
+        assert!(first == second, "seed {seed}: two runs differ");
+    }
+}
+
+/// The reference agrees with our check on what the swarm leaves.
+#[test]
+fn the_reference_finds_them_sound() {
+    if !peer::present("the_reference_finds_them_sound") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("swarm.qcow2");
+    for seed in 2000..2012 {
+        let params = Params::draw(seed);
+        std::fs::write(&path, sim::run(&params).contents).expect("a file in our folder");
+        assert_eq!(peer::check(&path), peer::Check::default(), "{params:?}");
+    }
+}

@@ -1,0 +1,33 @@
+//! The core of the suite as a program, so that it can be built with `panic = "abort"`: no normal path may need
+//! unwinding. `.ci/run` runs it as `cargo run --profile abort --example suite-core`.
+
+#[path = "support/mod.rs"]
+mod support;
+
+use std::time::Instant;
+
+use support::script::Params;
+use support::{files, sim};
+
+fn main() {
+    coblock::coroutine::install_overflow_handler();
+    if cfg!(panic = "unwind") {
+        eprintln!("built with unwinding, this shows nothing: use --profile abort");
+        std::process::exit(2);
+    }
+    step("simulated scripts", || {
+        for seed in 3000..3030 {
+            sim::run(&Params::draw(seed));
+        }
+    });
+    step("files, every engine, buffered and direct", || {
+        files::load_all_ways(3100..3104)
+    });
+    println!("the core of the suite passed under panic=abort");
+}
+
+fn step(name: &str, body: impl FnOnce()) {
+    let began = Instant::now();
+    body();
+    println!("{name}: ok, {:.1} s", began.elapsed().as_secs_f64());
+}

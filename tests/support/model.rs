@@ -1,0 +1,559 @@
+//! The disk that is too simple to be wrong: what may a byte of the guest's disk read as, now and after a power cut?
+//!
+//! The disk is cut into *units* (512 bytes; smaller ones where a script wants unaligned requests). Each write has a
+//! number, and stamps every unit it covers with that number and the unit's own place. So the content of a unit tells
+//! which write put it there, and a unit that came from elsewhere (another place, another run, half of one write and half
+//! of another) is no content at all.
+//!
+//! Requests overlap in time, so a unit has a *set* of legal contents. Time is a counter that steps at every begin and
+//! end. Write `a` is *before* write `b` if it ended before `b` began. A read that began at `t` may return any write
+//! that began before the read's end, unless another write came after it and ended before `t`. After a power cut the
+//! same holds with "was made durable" in place of "ended": a flush that succeeded made durable what had ended before it
+//! began.
+//!
+//! ```text
+//!   write 1  |------|                      a read in  (x)  may see 1 or 2: they overlap, both had ended
+//!   write 2     |--------|                 a read in  (y)  may see 2 or 3, and 1, since 1 and 2 overlap
+//!   write 3                    |------|    a read in  (z)  must see 3
+//!                          (x)    (y)    (z)
+//! ```
+//!
+//! Log positions tie this to a power cut: the simulated file counts what was sent to it, and every event here notes
+//! that count.
+
+use std::fmt;
+
+use super::rng::mix;
+
+/// Number of a write. 0 is what the disk held before: zeros, or the stamp of a backing file.
+pub type WriteId = u64;
+
+/// The smallest unit: a place and a number.
+pub const MIN_UNIT: usize = 16;
+
+/// What one unit of a buffer holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Zeros from end to end.
+    Zero,
+    /// What [`stamp`] makes for this place and this write (0: a backing file's content).
+    Stamp(WriteId),
+    /// Nothing that anybody wrote here.
+    Foreign,
+}
+
+/// Fills `buf`, which begins at byte `offset` of the disk, as write `id` of run `salt` does.
+pub fn stamp(buf: &mut [u8], offset: u64, unit: usize, salt: u64, id: WriteId) {
+    assert_eq!(buf.len() % unit, 0, "a write covers whole units");
+    assert_eq!(offset % unit as u64, 0, "a write begins at a unit");
+    for (index, piece) in buf.chunks_exact_mut(unit).enumerate() {
+        let place = offset / unit as u64 + index as u64;
+        let (head, body) = piece.split_at_mut(8);
+        // The number is mixed with the place, so that a unit moved elsewhere does not decode there.
+        head.copy_from_slice(&(id ^ mask(place, salt)).to_be_bytes());
+        let mut state = mix(id ^ mask(place, salt).rotate_left(17));
+        for word in body.chunks_exact_mut(8) {
+            word.copy_from_slice(&state.to_be_bytes());
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        }
+    }
+}
+
+/// Tells what the unit `piece` at `offset` holds. `limit` is above every number that was given out.
+pub fn content(piece: &[u8], offset: u64, salt: u64, limit: WriteId) -> Content {
+    if piece.iter().all(|b| *b == 0) {
+        return Content::Zero;
+    }
+    let place = offset / piece.len() as u64;
+    let mut head = [0; 8];
+    head.copy_from_slice(&piece[..8]);
+    let id = u64::from_be_bytes(head) ^ mask(place, salt);
+    let mut state = mix(id ^ mask(place, salt).rotate_left(17));
+    let body = piece[8..].chunks_exact(8).all(|word| {
+        let same = word == state.to_be_bytes();
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        same
+    });
+    if id < limit && body {
+        Content::Stamp(id)
+    } else {
+        Content::Foreign
+    }
+}
+
+fn mask(place: u64, salt: u64) -> u64 {
+    mix(place ^ mix(salt))
+}
+
+/// What a write puts on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Puts {
+    /// Its stamp.
+    Stamp,
+    /// Zeros.
+    Zeros,
+    /// Zeros where the disk likes, and what was there elsewhere: a discard.
+    ZerosOrNothing,
+}
+
+/// One write, as the model knows it.
+#[derive(Clone, Copy, Debug)]
+struct Write {
+    puts: Puts,
+    began: u64,
+    /// Log position at its begin: nothing of it can be in the log before.
+    began_log: usize,
+    /// None while it is in flight, and for ever if it failed: its content may be there, wholly or in part.
+    ended: Option<u64>,
+}
+
+/// A flush that succeeded.
+#[derive(Clone, Copy, Debug)]
+struct Flush {
+    began: u64,
+    /// Log position at its end: cut at or after it, it counts.
+    ended_log: usize,
+}
+
+/// The history of a disk: [`FlatDisk`] says what the newest content is, this says what is allowed.
+pub struct History {
+    unit: usize,
+    salt: u64,
+    now: u64,
+    /// By number; 0 is the content before the run.
+    writes: Vec<Write>,
+    /// For each unit, the writes that cover it, oldest begin first.
+    units: Vec<Vec<WriteId>>,
+    flushes: Vec<Flush>,
+    /// What a unit holds before the first write: zeros, or a backing file's stamp.
+    base: Vec<bool>,
+    /// May a read see half of a write that goes on at the same time?
+    racing_reads: bool,
+}
+
+/// A content that must not be.
+#[derive(Debug)]
+pub struct Violation {
+    /// Byte offset of the unit.
+    pub offset: u64,
+    /// What is there.
+    pub found: Content,
+    /// Which writes might be there.
+    pub allowed: Vec<WriteId>,
+    /// Of what a mixture consists.
+    pub mixture: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "byte {:#x}: found {:?}{}, allowed {:?}",
+            self.offset, self.found, self.mixture, self.allowed
+        )
+    }
+}
+
+/// A read that has begun: what it may return is decided at its end.
+#[must_use]
+pub struct ReadToken {
+    began: u64,
+}
+
+impl History {
+    /// A disk of `size` bytes that reads as zeros.
+    pub fn new(size: u64, unit: usize, salt: u64) -> Self {
+        assert!(unit >= MIN_UNIT && unit.is_multiple_of(8) && size.is_multiple_of(unit as u64));
+        let units = usize::try_from(size / unit as u64).expect("a small disk");
+        History {
+            unit,
+            salt,
+            now: 1,
+            writes: vec![Write {
+                puts: Puts::Stamp,
+                began: 0,
+                began_log: 0,
+                ended: Some(0),
+            }],
+            units: vec![vec![0]; units],
+            flushes: Vec::new(),
+            base: vec![false; units],
+            racing_reads: false,
+        }
+    }
+
+    /// Says that a unit may read as a mixture while a write to it is in flight, and only then: so it is on the page cache,
+    /// whose readers Linux does not keep out while it copies a writer's bytes.
+    pub fn allow_racing_reads(&mut self) {
+        self.racing_reads = true;
+    }
+
+    /// Says that the first `len` bytes held a backing file's stamp (write 0) before the run.
+    pub fn set_base(&mut self, len: u64) {
+        let units = usize::try_from(len / self.unit as u64).expect("a small disk");
+        self.base[..units].fill(true);
+    }
+
+    /// Bytes of one unit.
+    pub fn unit(&self) -> usize {
+        self.unit
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        (self.units.len() * self.unit) as u64
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.now += 1;
+        self.now
+    }
+
+    fn range(&self, offset: u64, len: usize) -> std::ops::Range<usize> {
+        let first = usize::try_from(offset / self.unit as u64).expect("a small disk");
+        first..first + len / self.unit
+    }
+
+    /// A write begins: gives its number and fills `buf` with its stamp.
+    pub fn begin_write(&mut self, offset: u64, buf: &mut [u8], log: usize) -> WriteId {
+        let id = self.begin(offset, buf.len(), log, Puts::Stamp);
+        stamp(buf, offset, self.unit, self.salt, id);
+        id
+    }
+
+    /// A request begins that writes zeros, or discards.
+    pub fn begin_zeros(&mut self, offset: u64, len: usize, log: usize, puts: Puts) -> WriteId {
+        assert!(puts != Puts::Stamp, "a stamp needs a buffer");
+        self.begin(offset, len, log, puts)
+    }
+
+    fn begin(&mut self, offset: u64, len: usize, log: usize, puts: Puts) -> WriteId {
+        let began = self.tick();
+        let id = self.writes.len() as WriteId;
+        self.writes.push(Write {
+            puts,
+            began,
+            began_log: log,
+            ended: None,
+        });
+        for unit in self.range(offset, len) {
+            self.units[unit].push(id);
+        }
+        id
+    }
+
+    /// The write ended. A failed one is never said to have ended: any part of it may be there.
+    pub fn end_write(&mut self, id: WriteId) {
+        let now = self.tick();
+        self.writes[index(id)].ended = Some(now);
+    }
+
+    /// A read begins.
+    pub fn begin_read(&mut self) -> ReadToken {
+        ReadToken { began: self.tick() }
+    }
+
+    /// The read ended with `buf`: each unit must be something that it may see.
+    pub fn end_read(
+        &mut self,
+        token: &ReadToken,
+        offset: u64,
+        buf: &[u8],
+    ) -> Result<(), Violation> {
+        let before = |w: &Write| w.ended.is_some_and(|e| e < token.began);
+        let racing = |w: &Write| self.racing_reads && w.ended.is_none_or(|e| e > token.began);
+        self.compare(offset, buf, usize::MAX, before, racing)
+    }
+
+    /// A flush begins: returns the time to hand to [`History::end_flush`].
+    pub fn begin_flush(&mut self) -> u64 {
+        self.tick()
+    }
+
+    /// A flush that began at `began` succeeded.
+    pub fn end_flush(&mut self, began: u64, log: usize) {
+        self.flushes.push(Flush {
+            began,
+            ended_log: log,
+        });
+    }
+
+    /// The power went after `log` entries of the file's log; `buf` is what a reader finds at `offset` afterwards.
+    pub fn after_power_cut(&self, log: usize, offset: u64, buf: &[u8]) -> Result<(), Violation> {
+        let durable = self
+            .flushes
+            .iter()
+            .filter(|f| f.ended_log <= log)
+            .map(|f| f.began)
+            .max();
+        let before = |w: &Write| w.ended.is_some_and(|e| Some(e) < durable || e == 0);
+        self.compare(offset, buf, log, before, |_| false)
+    }
+
+    /// Which bytes of a unit come from which write, for a message.
+    fn mixture(&self, piece: &[u8], offset: u64, ids: &[WriteId]) -> String {
+        let mut text = String::new();
+        let mut stamped = vec![0; self.unit];
+        for &id in ids {
+            stamp(&mut stamped, offset, self.unit, self.salt, id);
+            if self.writes[index(id)].puts != Puts::Stamp {
+                stamped.fill(0);
+            }
+            let same: Vec<usize> = (0..self.unit)
+                .step_by(8)
+                .filter(|at| stamped[*at..*at + 8] == piece[*at..*at + 8])
+                .collect();
+            if let (Some(first), Some(last)) = (same.first(), same.last()) {
+                let w = &self.writes[index(id)];
+                text += &format!(
+                    " [{} words in {first}..{} of {w:?} {id}]",
+                    same.len(),
+                    last + 8
+                );
+            }
+        }
+        text += &format!(" now {}", self.now);
+        text
+    }
+
+    /// Does this write leave zeros in `unit`?
+    fn zeros(&self, id: WriteId, unit: usize) -> bool {
+        if id == 0 {
+            !self.base[unit]
+        } else {
+            self.writes[index(id)].puts != Puts::Stamp
+        }
+    }
+
+    /// Compares `buf` with what is allowed if exactly the writes with `settled` are over and done, and those with
+    /// `racing` went on meanwhile.
+    fn compare(
+        &self,
+        offset: u64,
+        buf: &[u8],
+        log: usize,
+        settled: impl Fn(&Write) -> bool,
+        racing: impl Fn(&Write) -> bool,
+    ) -> Result<(), Violation> {
+        for (unit, piece) in self
+            .range(offset, buf.len())
+            .zip(buf.chunks_exact(self.unit))
+        {
+            let at = (unit * self.unit) as u64;
+            let found = content(piece, at, self.salt, self.writes.len() as WriteId);
+            let ids = &self.units[unit];
+            // A write is outdated when another one began after its end and is settled.
+            let newest = ids
+                .iter()
+                .map(|id| &self.writes[index(*id)])
+                // A discard makes nothing outdated: what was there may still be.
+                .filter(|w| settled(w) && w.puts != Puts::ZerosOrNothing)
+                .map(|w| w.began)
+                .max()
+                .unwrap_or(0);
+            let allowed = |id: WriteId| {
+                let w = &self.writes[index(id)];
+                w.began_log <= log && w.ended.is_none_or(|e| e >= newest)
+            };
+            let fine = match found {
+                Content::Foreign => ids.iter().any(|id| racing(&self.writes[index(*id)])),
+                Content::Zero => ids.iter().any(|id| self.zeros(*id, unit) && allowed(*id)),
+                Content::Stamp(0) => self.base[unit] && allowed(0),
+                Content::Stamp(id) => ids.contains(&id) && !self.zeros(id, unit) && allowed(id),
+            };
+            if !fine {
+                let allowed = ids.iter().copied().filter(|id| allowed(*id)).collect();
+                let mixture = match found {
+                    Content::Foreign => self.mixture(piece, at, ids),
+                    _ => String::new(),
+                };
+                return Err(Violation {
+                    mixture,
+                    offset: at,
+                    found,
+                    allowed,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn index(id: WriteId) -> usize {
+    usize::try_from(id).expect("a number that this model gave out")
+}
+
+/// An array of bytes: what a disk holds after requests that do not overlap in time.
+pub struct FlatDisk {
+    bytes: Vec<u8>,
+}
+
+impl FlatDisk {
+    /// A disk of `size` bytes that reads as zeros.
+    pub fn new(size: u64) -> Self {
+        FlatDisk {
+            bytes: vec![0; usize::try_from(size).expect("a small disk")],
+        }
+    }
+
+    /// Writes `buf` at `offset`.
+    pub fn write(&mut self, offset: u64, buf: &[u8]) {
+        let at = usize::try_from(offset).expect("a small disk");
+        self.bytes[at..at + buf.len()].copy_from_slice(buf);
+    }
+
+    /// The bytes at `offset`.
+    pub fn read(&self, offset: u64, len: usize) -> &[u8] {
+        let at = usize::try_from(offset).expect("a small disk");
+        &self.bytes[at..at + len]
+    }
+
+    /// The whole disk.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// Panics with the first byte that differs.
+pub fn assert_same(what: &str, found: &[u8], expected: &[u8]) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
+        panic!(
+            "{what}: byte {at:#x} is {:#04x}, expected {:#04x}",
+            found[at], expected[at]
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: usize = 512;
+
+    fn read(h: &mut History, id: Option<WriteId>) -> Result<(), Violation> {
+        let token = h.begin_read();
+        end(h, &token, id)
+    }
+
+    fn end(h: &mut History, token: &ReadToken, id: Option<WriteId>) -> Result<(), Violation> {
+        h.end_read(token, 0, &unit(id))
+    }
+
+    fn unit(id: Option<WriteId>) -> [u8; UNIT] {
+        let mut buf = [0; UNIT];
+        if let Some(id) = id {
+            stamp(&mut buf, 0, UNIT, 9, id);
+        }
+        buf
+    }
+
+    fn write(h: &mut History, log: usize) -> WriteId {
+        h.begin_write(0, &mut [0; UNIT], log)
+    }
+
+    /// The model accepts both orders of overlapping writes, and nothing older or foreign.
+    #[test]
+    fn overlapping_writes_have_two_outcomes() {
+        let mut h = History::new(4096, UNIT, 9);
+        assert!(read(&mut h, None).is_ok());
+        let one = write(&mut h, 0);
+        let two = write(&mut h, 0);
+        h.end_write(one);
+        assert!(read(&mut h, Some(one)).is_ok());
+        assert!(read(&mut h, Some(two)).is_ok(), "in flight: may be seen");
+        assert!(read(&mut h, None).is_err(), "the first one has ended");
+        h.end_write(two);
+        assert!(read(&mut h, Some(one)).is_ok(), "they overlapped");
+        let token = h.begin_read();
+        let three = write(&mut h, 0);
+        h.end_write(three);
+        assert!(
+            end(&mut h, &token, Some(two)).is_ok(),
+            "the third ended after this read began"
+        );
+        assert!(end(&mut h, &token, Some(three)).is_ok());
+        assert!(read(&mut h, Some(two)).is_err());
+        assert!(read(&mut h, Some(three)).is_ok());
+        let mut torn = unit(Some(three));
+        torn[300] ^= 1;
+        let token = h.begin_read();
+        assert!(
+            h.end_read(&token, 0, &torn).is_err(),
+            "a flipped bit is nobody's content"
+        );
+        assert!(
+            h.end_read(&token, 512, &unit(Some(three))).is_err(),
+            "content of another place"
+        );
+    }
+
+    /// After a power cut: what was flushed, or anything begun since; never what was flushed over.
+    #[test]
+    fn power_cut_keeps_what_was_flushed() {
+        let mut h = History::new(4096, UNIT, 9);
+        let one = write(&mut h, 3);
+        h.end_write(one);
+        let began = h.begin_flush();
+        let two = write(&mut h, 5);
+        h.end_flush(began, 7);
+        h.end_write(two);
+        let ok = |h: &History, log, id| h.after_power_cut(log, 0, &unit(id)).is_ok();
+        assert!(
+            ok(&h, 2, None) && !ok(&h, 2, Some(one)),
+            "cut before the write: not there"
+        );
+        assert!(ok(&h, 6, None) && ok(&h, 6, Some(one)) && ok(&h, 6, Some(two)));
+        assert!(!ok(&h, 7, None), "flushed");
+        assert!(ok(&h, 7, Some(one)) && ok(&h, 7, Some(two)));
+        let began = h.begin_flush();
+        h.end_flush(began, 9);
+        assert!(ok(&h, 8, Some(one)) && !ok(&h, 9, Some(one)) && ok(&h, 9, Some(two)));
+    }
+
+    /// On real files a mixture is legal while a write goes on, and not a moment longer.
+    #[test]
+    fn racing_reads_end_with_the_write() {
+        let mut h = History::new(4096, UNIT, 9);
+        h.allow_racing_reads();
+        let mixture = [1; UNIT];
+        let during = h.begin_read();
+        let one = write(&mut h, 0);
+        assert!(h.end_read(&during, 0, &mixture).is_ok());
+        h.end_write(one);
+        assert!(h.end_read(&during, 0, &mixture).is_ok());
+        let after = h.begin_read();
+        assert!(h.end_read(&after, 0, &mixture).is_err());
+    }
+
+    /// Zeros must be there after a write of zeros, and may be there after a discard, until the next write.
+    #[test]
+    fn zeros_and_discards() {
+        let mut h = History::new(4096, UNIT, 9);
+        let one = write(&mut h, 0);
+        h.end_write(one);
+        let discard = h.begin_zeros(0, UNIT, 0, Puts::ZerosOrNothing);
+        h.end_write(discard);
+        assert!(read(&mut h, Some(one)).is_ok() && read(&mut h, None).is_ok());
+        let zeros = h.begin_zeros(0, UNIT, 0, Puts::Zeros);
+        h.end_write(zeros);
+        assert!(read(&mut h, Some(one)).is_err() && read(&mut h, None).is_ok());
+        let two = write(&mut h, 0);
+        h.end_write(two);
+        assert!(read(&mut h, Some(two)).is_ok() && read(&mut h, None).is_err());
+        assert!(
+            read(&mut h, Some(zeros)).is_err(),
+            "nobody writes a stamp with this number"
+        );
+    }
+
+    /// A backing file's content counts as flushed, and is not zeros.
+    #[test]
+    fn base_is_durable() {
+        let mut h = History::new(4096, UNIT, 9);
+        h.set_base(512);
+        assert!(h.after_power_cut(0, 0, &unit(Some(0))).is_ok());
+        assert!(h.after_power_cut(0, 0, &unit(None)).is_err());
+        assert!(h.after_power_cut(0, 512, &unit(None)).is_ok());
+    }
+}

@@ -1,0 +1,201 @@
+//! Random scripts: overlapping reads, writes and flushes, and the parameters of a run, all from one seed.
+//!
+//! *Swarm*: each seed also draws which kinds of requests there are and how large the image's parts, so that one run is
+//! nearly all tiny writes on 512-byte clusters, and the next one long reads with no flush at all. A mean of everything
+//! in every run would never fill one queue.
+
+use super::rng::Rng;
+
+/// One request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Read `len` bytes at `offset`.
+    Read { offset: u64, len: usize },
+    /// Write `len` bytes at `offset`, stamped by the model.
+    Write { offset: u64, len: usize },
+    /// Make `len` bytes at `offset` zeros; with `unmap` the storage may go.
+    Zero {
+        offset: u64,
+        len: usize,
+        unmap: bool,
+    },
+    /// Give back the storage of `len` bytes at `offset`.
+    Discard { offset: u64, len: usize },
+    /// Make everything that has ended durable.
+    Flush,
+}
+
+/// What a seed decided about its run.
+#[derive(Clone, Debug)]
+pub struct Params {
+    pub seed: u64,
+    pub version: u8,
+    pub cluster_bits: u32,
+    pub refcount_order: u32,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// Requests begin and end at multiples of it.
+    pub unit: usize,
+    /// Longest request in bytes.
+    pub max_len: u64,
+    /// Requests in flight at once.
+    pub in_flight: usize,
+    /// Percent of requests that write, and that flush; the rest read.
+    pub writes: u64,
+    pub flushes: u64,
+    /// Percent of the writes that write zeros or discard instead.
+    pub zeros: u64,
+    /// Percent of requests that go into a small part of the disk, so that they meet.
+    pub hot: u64,
+    pub requests: usize,
+    /// Bytes from the start that are written in large pieces, in between the other requests.
+    pub fill: u64,
+}
+
+/// Cluster bits and refcount order of geometries in which a few MiB fill more than one refcount block.
+const GEOMETRIES: [(u32, u32); 14] = [
+    (9, 0),
+    (9, 1),
+    (9, 3),
+    (9, 4),
+    (9, 6), //
+    (10, 1),
+    (10, 2),
+    (10, 4),
+    (10, 6), //
+    (11, 3),
+    (11, 5), //
+    (12, 4),
+    (12, 5),
+    (12, 6),
+];
+
+impl Params {
+    /// The swarm: everything drawn from `seed`.
+    pub fn draw(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let (cluster_bits, refcount_order) = rng.pick(&GEOMETRIES);
+        let cluster = 1u64 << cluster_bits;
+        // Version 2 has 16-bit counts only.
+        let version = if refcount_order == 4 && rng.chance(50) {
+            2
+        } else {
+            3
+        };
+        let unit = rng.pick(&[512usize, 512, 512, 16]);
+        let block_covers = (cluster * cluster * 8) >> refcount_order;
+        let slice_covers = cluster * (cluster.min(4096) / 8);
+        // More than a refcount block counts, and more L2 slices than the smallest cache holds.
+        let size =
+            (block_covers * 3 / 2).max(slice_covers * 12).max(1 << 20) + rng.below(64) * 65536;
+        let max_len = rng
+            .pick(&[4096, 3 * cluster, 8 * cluster, 65536])
+            .clamp(1024, 256 << 10);
+        Params {
+            seed,
+            version,
+            cluster_bits,
+            refcount_order,
+            size,
+            unit,
+            max_len,
+            in_flight: usize::try_from(rng.between(32, 64)).expect("small"),
+            writes: rng.pick(&[50, 70, 90]),
+            flushes: rng.pick(&[0, 2, 10]),
+            zeros: rng.pick(&[0, 10, 30]),
+            hot: rng.pick(&[10, 40, 80]),
+            requests: usize::try_from(rng.between(400, 900)).expect("small"),
+            fill: block_covers * 9 / 8,
+        }
+    }
+
+    /// The requests of this run, in the order in which they are sent.
+    pub fn script(&self) -> Vec<Op> {
+        let mut rng = Rng::new(self.seed ^ 0x5c21_9700);
+        let mut script: Vec<Op> = (0..self.requests).map(|_| self.op(&mut rng)).collect();
+        let piece = 128 << 10;
+        for offset in (0..self.fill.min(self.size)).step_by(piece) {
+            let len = usize::try_from(self.size - offset).map_or(piece, |left| left.min(piece));
+            let at = usize::try_from(rng.below(script.len() as u64 + 1)).expect("an index");
+            script.insert(at, Op::Write { offset, len });
+        }
+        // Two writes that meet in a new cluster: the second one waits for the first.
+        script.splice(
+            0..0,
+            [Op::Write {
+                offset: 0,
+                len: 1024,
+            }; 2],
+        );
+        script
+    }
+
+    fn op(&self, rng: &mut Rng) -> Op {
+        let kind = rng.below(100);
+        if kind < self.flushes {
+            return Op::Flush;
+        }
+        let unit = self.unit as u64;
+        // A unit below 512 bytes is there for ragged edges, so lengths stay in bytes, not in units.
+        let mut len = rng.between(1, self.max_len).next_multiple_of(unit);
+        if rng.chance(30) {
+            len = len
+                .next_multiple_of(1 << self.cluster_bits)
+                .min(self.size / 2);
+        }
+        let span = if rng.chance(self.hot) {
+            (self.size / 16).max(4 * self.max_len)
+        } else {
+            self.size
+        };
+        let span = span.min(self.size);
+        len = len.min(span);
+        let mut offset = rng.below((span - len) / unit + 1) * unit;
+        if rng.chance(30) {
+            offset &= !((1 << self.cluster_bits) - 1);
+        }
+        let len = usize::try_from(len).expect("a short request");
+        if kind >= self.flushes + self.writes {
+            return Op::Read { offset, len };
+        }
+        if !rng.chance(self.zeros) {
+            return Op::Write { offset, len };
+        }
+        match rng.below(3) {
+            0 => Op::Discard { offset, len },
+            way => Op::Zero {
+                offset,
+                len,
+                unmap: way == 1,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Scripts stay inside the disk and on their units, and a seed gives the same one twice.
+    #[test]
+    fn scripts_are_legal_and_repeat() {
+        for seed in 0..300 {
+            let params = Params::draw(seed);
+            let script = params.script();
+            assert_eq!(script, Params::draw(seed).script());
+            for op in script {
+                if let Op::Read { offset, len }
+                | Op::Write { offset, len }
+                | Op::Zero { offset, len, .. }
+                | Op::Discard { offset, len } = op
+                {
+                    assert!(
+                        len > 0 && offset + len as u64 <= params.size,
+                        "seed {seed}: {op:?}"
+                    );
+                    assert_eq!((offset % params.unit as u64, len % params.unit), (0, 0));
+                }
+            }
+        }
+    }
+}
