@@ -1,0 +1,61 @@
+//! Development tasks: `cargo xtask TASK`, a module each.
+//!
+//! They run from anywhere inside the workspace and need nothing but cargo and, for `bench`, qemu-img.
+
+mod bench;
+mod child;
+mod ci;
+mod graph;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Usage: cargo xtask TASK
+
+  ci [STEP...]     what CI runs: .ci/run
+  graph [--all]    who uses whom, crate by crate (--all: dependencies from outside too)
+  bench [OPTIONS]  `coblock img bench` against `qemu-img bench`, interleaved; --help lists the options
+";
+
+/// What a task returns: an error is printed as it is, and the exit status is 1.
+type Outcome = Result<(), String>;
+
+fn main() -> ExitCode {
+    let mut words = std::env::args().skip(1);
+    let task = words.next();
+    let rest: Vec<String> = words.collect();
+    let outcome = match task.as_deref() {
+        Some("ci") => ci::run(&rest),
+        Some("graph") => graph::run(&rest),
+        Some("bench") => bench::run(&rest),
+        Some("help" | "--help" | "-h") => {
+            print!("{USAGE}");
+            Ok(())
+        }
+        Some(other) => Err(format!("unknown task '{other}'\n\n{USAGE}")),
+        None => Err(USAGE.to_string()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("{why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The workspace's folder: the parent of this package's.
+fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask lies inside the workspace")
+}
+
+/// Where cargo puts what it builds.
+fn target_dir() -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(dir) => workspace().join(dir),
+        None => workspace().join("target"),
+    }
+}
