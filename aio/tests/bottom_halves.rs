@@ -238,7 +238,7 @@ fn idle() {
         assert!(!drive.poll(true), "an idle one is no progress");
         assert_eq!(runs.get(), 1);
         assert!(
-            began.elapsed() < Duration::from_secs(5),
+            began.elapsed() < Duration::from_secs(60),
             "the wait was bounded"
         );
         half.schedule_idle();

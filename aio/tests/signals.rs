@@ -53,9 +53,13 @@ fn requests_survive_signals() {
                 });
             });
         };
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(test));
+        let result = std::panic::catch_unwind(|| {
+            // However slowly this machine lets the other thread send them.
+            while SIGNALS.load(Ordering::Relaxed) <= 100 {
+                test();
+            }
+        });
         stop.store(true, Ordering::Relaxed);
         result.unwrap();
     });
-    assert!(SIGNALS.load(Ordering::Relaxed) > 100, "signals came");
 }

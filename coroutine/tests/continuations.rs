@@ -11,7 +11,7 @@ use coblock_coroutine::continuation::{
     Continuation, Ended, Itself, Options, Passed, Release, is_leader, itself,
 };
 use coblock_coroutine::{Coroutine, DEFAULT_STACK_SIZE, Error, WakeHandle, stats, with_current};
-use support::refused;
+use support::{in_own_process, refused};
 
 fn hooked(name: &'static str, hook: impl FnOnce(Ended) -> Release + 'static) -> Options {
     Options {
@@ -187,44 +187,46 @@ fn hook_in_a_coroutine() {
 /// keeps it for the handle; in the end nothing is leaked.
 #[test]
 fn three_results() {
-    let end = |answer: Release| {
-        let it: Continuation<(), ()> =
-            Continuation::init(hooked("ends", move |_| answer), |_, ()| ()).unwrap();
-        it.yield_to(());
-        it
-    };
-    drop(end(Release::Keep));
-    let before = stats();
-    let kept = end(Release::Keep);
-    let after = stats();
-    assert_eq!(
-        (after.stacks_free, after.live()),
-        (before.stacks_free, before.live()),
-        "it went back to the pool"
-    );
-    drop(kept);
+    in_own_process("three_results", || {
+        let end = |answer: Release| {
+            let it: Continuation<(), ()> =
+                Continuation::init(hooked("ends", move |_| answer), |_, ()| ()).unwrap();
+            it.yield_to(());
+            it
+        };
+        drop(end(Release::Keep));
+        let before = stats();
+        let kept = end(Release::Keep);
+        let after = stats();
+        assert_eq!(
+            (after.stacks_free, after.live()),
+            (before.stacks_free, before.live()),
+            "it went back to the pool"
+        );
+        drop(kept);
 
-    let freed = end(Release::Free);
-    let after = stats();
-    assert!(freed.exited() && !freed.vetoed());
-    assert_eq!(after.stacks_trimmed, before.stacks_trimmed + 1);
-    assert_eq!(after.stacks_free + 1, before.stacks_free);
-    assert_eq!(after.live(), before.live());
+        let freed = end(Release::Free);
+        let after = stats();
+        assert!(freed.exited() && !freed.vetoed());
+        assert_eq!(after.stacks_trimmed, before.stacks_trimmed + 1);
+        assert_eq!(after.stacks_free + 1, before.stacks_free);
+        assert_eq!(after.live(), before.live());
 
-    let before = stats();
-    let vetoed = end(Release::Veto);
-    let after = stats();
-    assert!(vetoed.exited() && vetoed.vetoed());
-    assert_eq!(after.live(), before.live() + 1, "its slot is in no pool");
-    let why = refused(|| vetoed.yield_to(()));
-    assert!(
-        why.contains("'ends'") && why.contains("has finished"),
-        "{why}"
-    );
-    drop(vetoed);
-    let after = stats();
-    assert_eq!(after.live(), before.live());
-    assert_eq!(after.stacks_free, before.stacks_free.max(1));
+        let before = stats();
+        let vetoed = end(Release::Veto);
+        let after = stats();
+        assert!(vetoed.exited() && vetoed.vetoed());
+        assert_eq!(after.live(), before.live() + 1, "its slot is in no pool");
+        let why = refused(|| vetoed.yield_to(()));
+        assert!(
+            why.contains("'ends'") && why.contains("has finished"),
+            "{why}"
+        );
+        drop(vetoed);
+        let after = stats();
+        assert_eq!(after.live(), before.live());
+        assert_eq!(after.stacks_free, before.stacks_free.max(1));
+    });
 }
 
 /// Rule 1.6: the hook runs for every end: never entered, unwound by dropping the handle, a panic.

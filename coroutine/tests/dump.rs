@@ -10,7 +10,7 @@ use coblock_coroutine::{
     Co, Coroutine, CoroutineOptions, Error, IoWait, Schedule, State, dump, guard_kind,
     set_stack_limit, start, start_remote, stats, trim_idle,
 };
-use support::{TestHome, child, is_child};
+use support::{TestHome, child, in_own_process, is_child};
 
 fn named(name: &'static str, f: impl FnOnce(&Co) + 'static) -> Coroutine {
     let options = CoroutineOptions {
@@ -126,12 +126,19 @@ fn high_water_marks() {
             .unwrap()
             .stack_used
     };
-    let eater = named("eats", |co| {
+    // A size that no other test uses: nobody has left deeper marks on this stack.
+    let options = CoroutineOptions {
+        name: "eats",
+        stack_size: 512 << 10,
+        home: None,
+    };
+    let eater = Coroutine::with_options(&options, |co| {
         eat(0);
         co.suspend();
         eat(100 << 10);
         co.suspend();
-    });
+    })
+    .unwrap();
     eater.enter();
     let little = used("eats");
     assert!((4096..=64 << 10).contains(&little), "{little}");
@@ -157,27 +164,29 @@ fn eat(bytes: usize) -> usize {
 /// and trimmed stacks are used again.
 #[test]
 fn trims_in_batches() {
-    let make = || -> Vec<Coroutine> {
-        let all: Vec<_> = (0..100).map(|_| named("many", |co| co.suspend())).collect();
-        all.iter()
-            .for_each(|co| assert_eq!(co.enter(), State::Suspended));
-        all
-    };
-    for co in make() {
-        assert_eq!(co.enter(), State::Finished);
-    }
-    let before = stats();
-    assert_eq!(trim_idle(10), 10);
-    let mut trimmed = 10;
-    while trim_idle(16) == 16 {
-        trimmed += 16;
-    }
-    let after = stats();
-    assert!(trimmed >= 84 - 16, "{trimmed}");
-    assert!(after.stacks_free >= 1 && after.stacks_trimmed >= before.stacks_trimmed + 68);
-    for co in make() {
-        assert_eq!(co.enter(), State::Finished);
-    }
+    in_own_process("trims_in_batches", || {
+        let make = || -> Vec<Coroutine> {
+            let all: Vec<_> = (0..100).map(|_| named("many", |co| co.suspend())).collect();
+            all.iter()
+                .for_each(|co| assert_eq!(co.enter(), State::Suspended));
+            all
+        };
+        for co in make() {
+            assert_eq!(co.enter(), State::Finished);
+        }
+        let before = stats();
+        assert_eq!(trim_idle(10), 10);
+        let mut trimmed = 10;
+        while trim_idle(16) == 16 {
+            trimmed += 16;
+        }
+        let after = stats();
+        assert!(trimmed >= 84 - 16, "{trimmed}");
+        assert!(after.stacks_free >= 1 && after.stacks_trimmed >= before.stacks_trimmed + 68);
+        for co in make() {
+            assert_eq!(co.enter(), State::Finished);
+        }
+    });
 }
 
 /// A limit of stacks is an error value, and what exists stays usable.

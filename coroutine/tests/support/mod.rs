@@ -65,17 +65,17 @@ impl TestHome {
         self.run();
     }
 
-    /// Drives until `done`, at most 20 seconds.
+    /// Drives until `done`, at most two minutes.
     pub fn drive_until(&self, mut done: impl FnMut() -> bool) {
         let start = Instant::now();
-        while start.elapsed() < Duration::from_secs(20) {
+        while start.elapsed() < Duration::from_secs(120) {
             if done() {
                 return;
             }
             self.turn();
         }
         panic!(
-            "home '{}' was driven for 20 s and its condition never came",
+            "home '{}' was driven for two minutes and its condition never came",
             self.name
         );
     }
@@ -133,6 +133,25 @@ pub fn child(name: &str) -> (String, std::process::ExitStatus) {
 }
 
 const CHILD: &str = "COBLOCK_COROUTINE_TEST_CHILD";
+
+/// Runs `body`, the whole of test `name`, in a process of its own.
+///
+/// For what looks at figures of the whole process (stacks between the threads, trimmed or mapped
+/// ones): the other tests of a binary run in threads of the same process, and a thread that ends
+/// gives its stacks to the others even after its test is over.
+pub fn in_own_process(name: &str, body: impl FnOnce()) {
+    const WHOLE: &str = "the whole test has run";
+    if is_child(name) {
+        body();
+        eprintln!("{WHOLE}");
+        return;
+    }
+    let (stderr, status) = child(name);
+    assert!(
+        status.success() && stderr.contains(WHOLE),
+        "{status:?} {stderr}"
+    );
+}
 
 /// Whether this process is the child that [`child`] started for test `name`.
 pub fn is_child(name: &str) -> bool {
