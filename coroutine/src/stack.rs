@@ -22,6 +22,7 @@
 //! trying.
 
 pub(crate) mod control;
+mod debugger;
 pub(crate) mod overflow;
 
 use std::ptr::{self, NonNull};
@@ -377,6 +378,8 @@ fn map_arena(bytes: usize, class: usize) -> Result<(NonNull<u8>, &'static Arena)
     // above, which nobody else has seen.
     unsafe { libc::madvise(low, bytes, libc::MADV_NOHUGEPAGE) };
     let low = NonNull::new(low.cast::<u8>()).expect("mmap gave the null page");
+    // Linked into the program, since something refers to it.
+    std::hint::black_box(&debugger::LAYOUT);
     static PUBLISH: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _one_at_a_time = PUBLISH.lock().expect("nothing panics under this lock");
     let arena: &'static Arena = Box::leak(Box::new(Arena {

@@ -1,6 +1,9 @@
 //! What ends a process, or needs one of its own: each test runs this binary again with only itself,
 //! and looks at how that ends.
 
+// AddressSanitizer handles SIGSEGV itself, and takes memory and mappings of its own.
+#![cfg(not(feature = "sanitizer"))]
+
 mod support;
 
 use std::os::unix::process::ExitStatusExt;

@@ -232,6 +232,10 @@ fn falls_back_when_the_kernel_refuses_markers() {
 /// The same with memory that is locked: the kernel takes no guard markers there.
 #[test]
 fn falls_back_in_locked_memory() {
+    if cfg!(feature = "sanitizer") {
+        println!("SKIPPED: AddressSanitizer does not let a program lock its memory");
+        return;
+    }
     if is_child("falls_back_in_locked_memory") {
         // SAFETY: has no precondition.
         if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } != 0 {

@@ -30,7 +30,7 @@
 use std::any::Any;
 use std::backtrace::Backtrace;
 use std::cell::{Cell, UnsafeCell};
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, offset_of};
 use std::panic::Location;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
@@ -156,6 +156,26 @@ fn register_with_valgrind(control: &'static Control) {
     std::mem::forget(ValgrindStackRegistration::new(control.low, bytes));
 }
 
+/// Tells AddressSanitizer that nothing lies on this stack: the frames of the last life were left as
+/// they were (decision 0011), and the marks around their locals with them.
+///
+/// # Safety
+/// No life is on the stack.
+#[inline(always)]
+unsafe fn forget_frames(control: &Control) {
+    #[cfg(feature = "sanitizer")]
+    {
+        unsafe extern "C" {
+            fn __asan_unpoison_memory_region(address: *const u8, bytes: usize);
+        }
+        let bytes = ptr::from_ref(control).addr() - control.low.addr();
+        // SAFETY: changes marks of the sanitizer alone, for memory that is an idle stack.
+        unsafe { __asan_unpoison_memory_region(control.low, bytes) };
+    }
+    #[cfg(not(feature = "sanitizer"))]
+    let _ = control;
+}
+
 /// The stack below a control block, for corosensei.
 struct SlotStack(&'static Control);
 
@@ -175,6 +195,10 @@ unsafe impl Stack for SlotStack {
 }
 
 impl Control {
+    /// Where in a control block the switch keeps its own words, and how many bytes they are: for
+    /// debuggers.
+    pub(super) const SWITCH: (usize, usize) = (offset_of!(Control, raw), size_of::<Raw>());
+
     /// Places a control block at the top of the first slot of `fresh` and prepares its stack.
     pub(crate) fn place(fresh: super::Fresh, class: usize) -> &'static Control {
         assert!(fresh.count >= 1, "no slot to place a control block in");
@@ -241,6 +265,8 @@ impl Control {
     where
         F: FnOnce(),
     {
+        // SAFETY: the stack is idle, as the caller promises.
+        unsafe { forget_frames(self) };
         // SAFETY: the stack is idle and lives for ever; the caller answers for what `entry`
         // borrows.
         let raw = unsafe {

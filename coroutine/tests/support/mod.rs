@@ -132,7 +132,7 @@ pub fn child(name: &str) -> (String, std::process::ExitStatus) {
     )
 }
 
-const CHILD: &str = "COBLOCK_COROUTINE_TEST_CHILD";
+pub const CHILD: &str = "COBLOCK_COROUTINE_TEST_CHILD";
 
 /// Runs `body`, the whole of test `name`, in a process of its own.
 ///
