@@ -9,10 +9,23 @@ use std::process::Command;
 
 use support::is_child;
 
-const NAME: &str = "gdb_walks_suspended_coroutines";
+const STOP: &str = "break debugger::asleep::look_here";
+const WALK: &str = "coroutines bt";
 
-/// Runs gdb with `commands`, on this binary's own test, or on `core`. None: it cannot be run here.
-fn gdb(core: Option<&str>, commands: &[&str]) -> Option<String> {
+/// What gdb looks at.
+enum On<'a> {
+    /// A test of this binary, as a child.
+    Test(&'a str),
+    /// A core file of this binary.
+    Core(&'a str),
+}
+
+/// Runs gdb with `commands`. None: it cannot be run here, which is said aloud.
+fn gdb(on: On<'_>, commands: &[&str]) -> Option<String> {
+    if !cfg!(target_arch = "x86_64") {
+        println!("SKIPPED: the script knows the stacks of x86-64 only");
+        return None;
+    }
     let program = std::env::current_exe().unwrap();
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tools/gdb_coroutines.py");
     let mut gdb = Command::new("gdb");
@@ -22,13 +35,13 @@ fn gdb(core: Option<&str>, commands: &[&str]) -> Option<String> {
     for command in commands {
         gdb.args(["-ex", command]);
     }
-    match core {
-        Some(core) => gdb.arg(program).arg(core),
-        None => gdb
+    match on {
+        On::Core(core) => gdb.arg(program).arg(core),
+        On::Test(name) => gdb
             .arg("--args")
             .arg(program)
-            .args([NAME, "--exact", "--nocapture", "--test-threads=1"])
-            .env(support::CHILD, NAME),
+            .args([name, "--exact", "--nocapture", "--test-threads=1"])
+            .env(support::CHILD, name),
     };
     let output = match gdb.output() {
         Ok(output) => output,
@@ -52,37 +65,43 @@ fn gdb(core: Option<&str>, commands: &[&str]) -> Option<String> {
 }
 
 /// Each coroutine is told with its name, its state, where it was created and where it waits, and
-/// the functions that it is in; from outside, and from a core file; and the program goes on.
+/// the functions that it is in; and the program goes on.
 #[test]
 fn gdb_walks_suspended_coroutines() {
+    const NAME: &str = "gdb_walks_suspended_coroutines";
     if is_child(NAME) {
-        asleep::main().unwrap();
-        return;
+        return asleep::main().unwrap();
     }
-    if !cfg!(target_arch = "x86_64") {
-        println!("SKIPPED: the script knows the stacks of x86-64 only");
+    let Some(told) = gdb(
+        On::Test(NAME),
+        &[STOP, "run", WALK, "coroutines bt 99999", "continue"],
+    ) else {
         return;
+    };
+    assert!(told.contains("all have woken up"), "{told}");
+    assert!(told.contains("no coroutine has life 99999"), "{told}");
+    check(&told);
+}
+
+/// The same in a core file. With guards by mprotect: where there are guard markers, the core files
+/// that gdb writes have zeros.
+#[test]
+fn gdb_walks_coroutines_of_a_core_file() {
+    const NAME: &str = "gdb_walks_coroutines_of_a_core_file";
+    if is_child(NAME) {
+        coblock_coroutine::force_mprotect_guards();
+        return asleep::main().unwrap();
     }
     let core = format!(
         "{}/asleep-{}",
         env!("CARGO_TARGET_TMPDIR"),
         std::process::id()
     );
-    let commands = [
-        "break debugger::asleep::look_here",
-        "run",
-        "coroutines bt",
-        "coroutines bt 99999",
-        &format!("generate-core-file {core}"),
-        "continue",
-    ];
-    let Some(told) = gdb(None, &commands) else {
+    let write = format!("generate-core-file {core}");
+    if gdb(On::Test(NAME), &[STOP, "run", &write, "kill"]).is_none() {
         return;
-    };
-    assert!(told.contains("all have woken up"), "{told}");
-    assert!(told.contains("no coroutine has life 99999"), "{told}");
-    check(&told);
-    let told = gdb(Some(&core), &["coroutines bt"]);
+    }
+    let told = gdb(On::Core(&core), &[WALK]);
     std::fs::remove_file(&core).unwrap();
     check(&told.expect("gdb was there a moment ago"));
 }
