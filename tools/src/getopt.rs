@@ -141,6 +141,8 @@ pub struct Getopt<'t, T: 'static> {
     /// Rest of a cluster of short options that is being read, never empty.
     cluster: Option<Vec<u8>>,
     operands: Vec<OsString>,
+    /// `--name` means an option; else it is a cluster whose first letter is a dash.
+    long_options: bool,
 }
 
 impl<'t, T: Copy + PartialEq> Getopt<'t, T> {
@@ -156,6 +158,15 @@ impl<'t, T: Copy + PartialEq> Getopt<'t, T> {
             words: words.into_iter(),
             cluster: None,
             operands: Vec::new(),
+            long_options: true,
+        }
+    }
+
+    /// The same as `getopt`, which knows letters only.
+    pub fn letters(table: &'t [Opt<T>], words: Vec<OsString>) -> Self {
+        Self {
+            long_options: false,
+            ..Self::new(table, Order::Permute, words)
         }
     }
 
@@ -171,7 +182,7 @@ impl<'t, T: Copy + PartialEq> Getopt<'t, T> {
             let bytes = word.as_bytes();
             if bytes == b"--" {
                 self.operands.extend(self.words.by_ref());
-            } else if let Some(long) = bytes.strip_prefix(b"--") {
+            } else if let Some(long) = bytes.strip_prefix(b"--").filter(|_| self.long_options) {
                 return self.long(&word, long).map(Some);
             } else if bytes.len() > 1 && bytes[0] == b'-' {
                 return self.short(bytes[1..].to_vec()).map(Some);

@@ -3,7 +3,8 @@
 //! ```text
 //!   coblock bench ...              the main job: a real image under concurrent load, verified
 //!   coblock img create|info|...    the reference's image tool: its options, output and exit codes
-//!   SOMETHING-img create|...       the same, through a link of that name, which its messages then begin with
+//!   coblock io -c ...              the reference's disk exerciser: its options, commands and output
+//!   SOMETHING-img, SOMETHING-io    the same, through links of such names, which messages then begin with
 //! ```
 #![forbid(unsafe_code)]
 
@@ -14,11 +15,13 @@ mod fuzz;
 mod getopt;
 mod image_opts;
 mod img;
+mod io;
 mod json;
 mod open;
 mod output;
 mod size;
 mod spec;
+mod standard;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt as _;
@@ -40,8 +43,15 @@ fn main() -> ExitCode {
     if name.as_bytes().ends_with(b"-img") {
         return run(&name.to_string_lossy(), |out| img::run(words, out));
     }
+    if name.as_bytes().ends_with(b"-io") {
+        let called = called.to_string_lossy();
+        return run(&name.to_string_lossy(), |out| io::run(words, &called, out));
+    }
     match words.first().map(|word| word.as_bytes()) {
         Some(b"img") => run("coblock img", |out| img::run(words[1..].to_vec(), out)),
+        Some(b"io") => run("coblock io", |out| {
+            io::run(words[1..].to_vec(), "coblock io", out)
+        }),
         _ => bench::cli::run(words),
     }
 }

@@ -50,6 +50,14 @@ impl Output {
         }
     }
 
+    /// Collects results that are no whole line, or many.
+    pub fn text(&mut self, text: impl AsRef<[u8]>) {
+        self.collected.extend_from_slice(text.as_ref());
+        if self.immediate {
+            self.flush();
+        }
+    }
+
     /// Writes what was collected.
     ///
     /// A reader that went away ends the output without a word, as its owner wanted; another failure is reported. Both

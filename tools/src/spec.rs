@@ -125,14 +125,29 @@ impl ImageSpec {
     /// # Errors
     /// The sentence that goes behind "Could not open ...: ".
     pub fn new(image: &OsStr, naming: Naming<'_>) -> Result<Self, String> {
-        let Some(shown) = image.to_str() else {
+        Self::with_options(Some(image), &Pairs::default(), naming)
+    }
+
+    /// The same with options beside the name, which may then be missing.
+    ///
+    /// # Errors
+    /// As [`ImageSpec::new`].
+    pub fn with_options(
+        image: Option<&OsStr>,
+        options: &Pairs,
+        naming: Naming<'_>,
+    ) -> Result<Self, String> {
+        let Some(shown) = image.unwrap_or_default().to_str() else {
             return Err("the name is not UTF-8".into());
         };
-        let mut keys = if naming.image_opts {
-            Pairs::parse(shown, Some("file"))
-        } else {
-            keys_of_name(shown, naming.format)?
+        let mut keys = match image {
+            None => Pairs::default(),
+            Some(_) if naming.image_opts => Pairs::parse(shown, Some("file")),
+            Some(_) => keys_of_name(shown, naming.format.or(options.get("driver")))?,
         };
+        for (key, value) in options.all() {
+            keys.set(key, value.as_str());
+        }
         if let Some(format) = naming.format {
             keys.set("driver", format);
         }
@@ -333,7 +348,8 @@ const SIGNATURES: [(usize, &[u8], &str); 13] = [
     (0, b"Bochs Virtual HD Image", "bochs"),
 ];
 
-fn guess(start: &[u8]) -> &'static str {
+/// The format that the first bytes of an image look like.
+pub fn guess(start: &[u8]) -> &'static str {
     let found = SIGNATURES.iter().find(|(at, magic, _)| {
         start
             .get(*at..)

@@ -17,6 +17,7 @@ use crate::getopt::Opt;
 use crate::open::{Engine, Session};
 use crate::size::{number_argument, size_argument};
 use crate::spec::{Access, Cache, could_not_open};
+use crate::standard::warn_probed_raw;
 
 pub(super) const COMMAND: Command = Command {
     word: "bench",
@@ -225,7 +226,7 @@ fn run(call: &mut Call<'_>) -> Result<u8, Failure> {
         }
     };
     if spec.probed && spec.driver() == "raw" && plan.write {
-        super::warn_probed_raw(call.out, &spec.shown);
+        warn_probed_raw(call.out, &spec.shown);
     }
     call.out.line(format!(
         "Sending {} {} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})",

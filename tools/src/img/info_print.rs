@@ -124,8 +124,7 @@ impl Info {
             ));
             out.extend(qcow2.snapshots.iter().map(human_snapshot));
         }
-        out.push("Format specific information:".into());
-        human_tree(&format_specific(qcow2, self.encrypt.as_ref()), 1, out);
+        out.extend(specific(qcow2, self.encrypt.as_ref()));
     }
 
     /// For `--output=json`, keys in the order of the reference.
@@ -194,6 +193,17 @@ impl Info {
         members.push(("dirty-flag", dirty.into()));
         Json::object(members)
     }
+}
+
+/// What only qcow2 has, for people.
+pub fn specific_lines(qcow2: &Qcow2Info) -> Vec<String> {
+    specific(qcow2, None)
+}
+
+fn specific(qcow2: &Qcow2Info, encrypt: Option<&Json>) -> Vec<String> {
+    let mut out = vec!["Format specific information:".to_owned()];
+    human_tree(&format_specific(qcow2, encrypt), 1, &mut out);
+    out
 }
 
 /// What only qcow2 has; keys with spaces, as people read them.

@@ -11,6 +11,7 @@ mod info_print;
 mod luks;
 
 pub use create::make_image;
+pub use info_print::specific_lines;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
@@ -18,12 +19,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use crate::getopt::{Getopt, Opt, Order, UsageError};
 use crate::output::{FAILURE, Output, with_name};
 use crate::spec::{ImageSpec, Naming, could_not_open};
-
-/// The version of the reference whose command line we follow.
-const REFERENCE: &str = "10.0.2";
-
-/// Formats that images can have; the others of the reference are unknown here.
-const FORMATS: &str = "file null-co qcow2 raw";
+use crate::standard::{self, FORMATS, trace, version_line};
 
 /// A command: its word, what it does, its body.
 struct Command {
@@ -179,14 +175,6 @@ fn version(out: &mut Output) -> u8 {
     0
 }
 
-/// Scripts read the first number, to know which options there are: it is the reference's.
-fn version_line(name: &str) -> String {
-    format!(
-        "{name} version {REFERENCE} (coblock {})",
-        env!("CARGO_PKG_VERSION")
-    )
-}
-
 fn help(out: &mut Output) -> u8 {
     let name = out.name().to_owned();
     let mut text = format!(
@@ -206,21 +194,6 @@ fn help(out: &mut Output) -> u8 {
     text.push_str(&format!("\nSupported formats: {FORMATS}"));
     out.line(text);
     0
-}
-
-/// The reference warns about events that it does not have; we have none at all.
-fn trace(value: &OsStr, out: &Output) -> Result<(), String> {
-    let text = value.to_string_lossy();
-    let pairs = crate::image_opts::Pairs::parse(&text, Some("enable"));
-    for (key, value) in pairs.iter() {
-        match key {
-            "enable" if value == "help" || value == "?" => {}
-            "enable" => out.warning(format!("trace event '{value}' does not exist")),
-            "events" | "file" => return Err(format!("--trace {key}=: there are no trace events")),
-            _ => return Err(format!("Invalid parameter '{key}'")),
-        }
-    }
-    Ok(())
 }
 
 impl Call<'_> {
@@ -246,17 +219,11 @@ fn one_image(operands: Vec<OsString>) -> Result<OsString, Failure> {
         .map_err(|_| Failure::Usage(b"Expecting one image file name".to_vec()))
 }
 
-/// `--object`: there are no types of objects, so any is unknown.
+/// `--object`: there are no types of objects.
 fn object(value: &OsStr, out: &mut Output) -> Failure {
-    let text = value.to_string_lossy();
-    let pairs = crate::image_opts::Pairs::parse(&text, Some("qom-type"));
-    match pairs.get("qom-type") {
-        Some("help" | "?") => {
-            out.line("List of user creatable objects:");
-            Failure::Done
-        }
-        Some(kind) => format!("Parameter 'qom-type' does not accept value '{kind}'").into(),
-        None => "Parameter 'qom-type' is missing".to_owned().into(),
+    match standard::object(value, out) {
+        Ok(()) => Failure::Done,
+        Err(message) => message.into(),
     }
 }
 
@@ -301,22 +268,8 @@ fn naming(image_opts: bool, format: Option<&str>) -> Result<Naming<'_>, Failure>
 fn image_spec(call: &Call<'_>, image: &OsStr, naming: Naming<'_>) -> Result<ImageSpec, Failure> {
     if naming.image_opts {
         let pairs = crate::image_opts::Pairs::parse(&image.to_string_lossy(), Some("file"));
-        for (given, meant) in &pairs.switches {
-            call.out.warning(format!(
-                "short-form boolean option '{given}' deprecated\nPlease use {meant} instead"
-            ));
-        }
+        standard::warn_switches(&pairs, call.out);
     }
     ImageSpec::new(image, naming)
         .map_err(|why| could_not_open(&image.to_string_lossy(), &why).into())
-}
-
-/// A raw image whose format nobody gave is about to be written.
-fn warn_probed_raw(out: &Output, shown: &str) {
-    out.note(format!(
-        "WARNING: Image format was not specified for '{shown}' and probing guessed raw.\n         \
-         Automatically detecting the format is dangerous for raw images, write operations on block 0 \
-         will be restricted.\n         \
-         Specify the 'raw' format explicitly to remove the restrictions."
-    ));
 }
