@@ -15,9 +15,9 @@ use std::ops::Range;
 use coblock_block::{ErrorKind, GraphRead, Result};
 use coblock_coroutine::Co;
 
-use crate::driver::{Meta, Qcow2};
 use crate::entry::L2Entry;
 use crate::error::Error;
+use crate::image::{Meta, Qcow2};
 use crate::spec;
 use crate::types::{HostCluster, HostOffset};
 

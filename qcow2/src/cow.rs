@@ -21,8 +21,8 @@ use coblock_coroutine::{Co, CoMutexGuard, CoQueue};
 
 use crate::alloc::Run;
 use crate::cache::Pin;
-use crate::driver::{Meta, Qcow2, buffer};
 use crate::entry::L2Entry;
+use crate::image::{Meta, Qcow2, buffer};
 use crate::types::{GuestCluster, GuestOffset, HostOffset};
 
 /// Clusters that a write has allocated and not yet entered in their L2 table.

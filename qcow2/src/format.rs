@@ -1,15 +1,13 @@
 //! How a qcow2 node is opened: its options, its header, and the files that it names.
 
-use coblock_aio::{AlignedBuf, IoVecMut};
 use coblock_block::{
-    Child, ChildRole, Driver, Error as BlockError, ErrorKind, GraphRead, OpenDriver, Opening,
-    RequestFlags, Result,
+    ChildRole, Driver, Error as BlockError, ErrorKind, OpenDriver, Opening, Result,
 };
 use coblock_coroutine::Co;
 
-use crate::driver::{CacheSizes, Qcow2, RequestMode};
 use crate::header::Header;
-use crate::spec;
+use crate::image::{CacheSizes, Qcow2, RequestMode};
+use crate::image_file::ImageFile;
 
 /// The opener of qcow2 images, to be registered under `"qcow2"`.
 ///
@@ -33,7 +31,7 @@ impl OpenDriver for OpenQcow2 {
         };
         let file = opening.open_child(co, "file", ChildRole::Storage)?;
         let graph = opening.graph().read(co);
-        let header = read_header(co, &graph, &file)?;
+        let header = ImageFile::new(co, &graph, &file).read_header()?;
         let caches = cache_sizes(&header, l2, refcounts)?;
         let read_only = opening.is_read_only();
         if let Some(name) = &header.backing_file {
@@ -55,25 +53,6 @@ impl OpenDriver for OpenQcow2 {
         let image = Qcow2::open(co, &graph, file, header, read_only, caches, mode)?;
         Ok(Box::new(image))
     }
-}
-
-/// Reads and decodes the header of the image in `file`. Suspends.
-///
-/// # Errors
-/// I/O, or any field outside its limits.
-pub fn read_header(co: &Co, graph: &GraphRead<'_>, file: &Child) -> Result<Header> {
-    let none = RequestFlags::empty();
-    let mut start = AlignedBuf::try_new(spec::HEADER_LEN_V3 as usize, 4096)
-        .map_err(|e| BlockError::from_io("header", e))?;
-    // What lies past the end of a short file reads as zeros, which no header is.
-    file.pread(co, graph, 0, IoVecMut::from(&mut start[..]), none)?;
-    let len = usize::try_from(file.len(graph)).unwrap_or(usize::MAX);
-    let here = start.len().min(len);
-    let wanted = Header::len_to_read(&start[..here])?.min(len);
-    let mut cluster =
-        AlignedBuf::try_new(wanted, 4096).map_err(|e| BlockError::from_io("header", e))?;
-    file.pread(co, graph, 0, IoVecMut::from(&mut cluster[..]), none)?;
-    Ok(Header::decode(&cluster)?)
 }
 
 fn cache_sizes(header: &Header, l2: Option<u64>, refcounts: Option<u64>) -> Result<CacheSizes> {

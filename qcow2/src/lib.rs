@@ -26,13 +26,15 @@
 //! | [`info`], [`snapshot`], [`bitmap`] | what an image says about itself |
 //! | [`image_file`] | the file below, for operations on whole images |
 //! | [`mod@format`] | opening an image |
-//! | [`driver`] | an open image: read, write, flush |
+//! | `driver` | what it does for its node: read, write, flush |
+//! | `resize` | changing the size of the disk |
 //! | `cow`, `zero` | writes, zeroes and discards that change the mapping |
 //! | `status` | what the bytes of the guest's disk are, without reading them |
 //! | `writeback` | what reaches the file in which order |
 //! | `alloc`, `refcount` | which host clusters are free |
 //! | `mapping` | from guest offset to host offset |
 //! | `compress` | inflating a compressed cluster |
+//! | [`image`] | an open image: its tables, caches, counters |
 //! | `cache`, `memtable`, `lazy`, `overlap` | tables in memory |
 //! | [`header`], [`extension`], [`feature`] | the first cluster |
 //! | [`entry`], [`width`] | entries of L1, L2 and refcount tables; refcounts of 1 to 64 bits |
@@ -49,7 +51,7 @@ pub mod check;
 mod compress;
 mod cow;
 pub mod create;
-pub mod driver;
+mod driver;
 pub mod entry;
 pub mod error;
 pub mod extension;
@@ -57,6 +59,7 @@ pub mod feature;
 pub(crate) mod fields;
 pub mod format;
 pub mod header;
+pub mod image;
 pub mod image_file;
 pub mod info;
 pub mod layout;
@@ -65,6 +68,7 @@ mod mapping;
 mod memtable;
 mod overlap;
 mod refcount;
+mod resize;
 pub mod snapshot;
 pub mod spec;
 mod status;
@@ -73,6 +77,6 @@ pub mod width;
 mod writeback;
 mod zero;
 
-pub use driver::{CacheSizes, Qcow2, Qcow2Stats, RequestMode};
 pub use error::{Error, Result};
-pub use format::{OpenQcow2, read_header};
+pub use format::OpenQcow2;
+pub use image::{CacheSizes, Qcow2, Qcow2Stats, RequestMode};

@@ -13,8 +13,8 @@ use coblock_block::{GraphRead, RequestFlags, Result};
 use coblock_coroutine::Co;
 
 use crate::cache::{Pin, Reserved, SliceCache};
-use crate::driver::{Meta, Qcow2, buffer};
 use crate::entry::{L1Entry, L2Entry};
+use crate::image::{Meta, Qcow2, buffer};
 use crate::types::{GuestOffset, HostOffset};
 
 /// What a range of the guest's disk is, up to the first change of kind.

@@ -18,8 +18,8 @@ use coblock_block::{GraphRead, RequestFlags, Result};
 use coblock_coroutine::Co;
 
 use crate::cache::Pin;
-use crate::driver::{Meta, Qcow2, buffer, header_field};
 use crate::error::Error;
+use crate::image::{Meta, Qcow2, buffer, header_field};
 use crate::spec;
 use crate::types::{HostCluster, HostOffset};
 use crate::width::RefcountWidth;

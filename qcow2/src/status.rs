@@ -18,8 +18,8 @@ use coblock_block::types::in_memory;
 use coblock_block::{Child, DriverStatus, GraphRead, Place, Precision, RequestKind, Result};
 use coblock_coroutine::Co;
 
-use crate::driver::Qcow2;
 use crate::entry::{L1Entry, L2Entry};
+use crate::image::Qcow2;
 use crate::types::{GuestOffset, HostCluster, HostOffset};
 
 /// Slices, or L1 entries without a table, that one answer looks at: bounds the time of a call.

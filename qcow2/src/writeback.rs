@@ -24,7 +24,7 @@ use coblock_block::{GraphRead, RequestFlags, Result};
 use coblock_coroutine::Co;
 
 use crate::cache::Staged;
-use crate::driver::Qcow2;
+use crate::image::Qcow2;
 use crate::memtable::StagedEntries;
 
 /// Bytes that one write of neighbouring slices may have.

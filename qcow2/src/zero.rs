@@ -18,8 +18,8 @@ use coblock_block::types::in_memory;
 use coblock_block::{Error as BlockError, ErrorKind, GraphRead, Result};
 use coblock_coroutine::Co;
 
-use crate::driver::Qcow2;
 use crate::entry::L2Entry;
+use crate::image::Qcow2;
 use crate::types::{GuestOffset, HostOffset, Version};
 
 /// What is to become of the clusters.
