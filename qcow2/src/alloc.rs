@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::image::{Meta, Qcow2};
 use crate::spec;
 use crate::types::{HostCluster, HostOffset};
+use crate::writeback::Counts;
 
 /// Neighbouring host clusters.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +66,7 @@ impl Qcow2 {
     ) -> Result<Run> {
         assert!(want > 0);
         if self.frees.lock().unmapped.len() >= UNMAPPED_MAX {
-            self.write_back(co, graph, true)?;
+            self.write_back(co, graph, true, Counts::MayLag)?;
         }
         self.lower_durable(co, graph, meta)?;
         let (first, clusters) = self.find_free(co, graph, meta, want, exact)?;

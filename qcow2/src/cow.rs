@@ -24,6 +24,7 @@ use crate::cache::Pin;
 use crate::entry::L2Entry;
 use crate::image::{Meta, Qcow2, buffer};
 use crate::types::{GuestCluster, GuestOffset, HostOffset};
+use crate::writeback::Counts;
 
 /// Clusters that a write has allocated and not yet entered in their L2 table.
 ///
@@ -136,7 +137,7 @@ impl Qcow2 {
         match result {
             Err(error) if error.kind() == ErrorKind::NoSpace && self.has_freed() => {
                 // Freed clusters may serve, once their unmapping is durable. (Hazard Q13.)
-                self.write_back(co, graph, true)?;
+                self.write_back(co, graph, true, Counts::MayLag)?;
                 let mut meta = self.meta.lock(co);
                 self.lower_durable(co, graph, &mut meta)?;
                 if meta.cursor < self.geometry.host_cluster(run.start).0 {

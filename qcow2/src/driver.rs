@@ -25,6 +25,7 @@ use crate::error::Error;
 use crate::image::{Qcow2, buffer};
 use crate::mapping::{Extent, Mapped};
 use crate::types::{GuestOffset, HostCluster, HostOffset};
+use crate::writeback::Counts;
 use crate::zero::Empty;
 
 impl Qcow2 {
@@ -279,12 +280,7 @@ impl Driver for Qcow2 {
             return Ok(());
         }
         let _turn = self.turn(co);
-        self.write_back(co, graph, true)?;
-        if !self.frees.lock().durable.is_empty() {
-            let mut meta = self.meta.lock(co);
-            self.lower_durable(co, graph, &mut meta)?;
-        }
-        Ok(())
+        self.save(co, graph, Counts::MayLag)
     }
 
     fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, _exact: bool) -> Result<()> {
@@ -310,18 +306,31 @@ impl Driver for Qcow2 {
     }
 
     fn close(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        if self.read_only || !(self.has_freed() || self.is_dirty()) {
+        if self.read_only {
             return Ok(());
         }
         // Freed clusters lose their counts after the first pass, and the second one writes that.
         while self.has_freed() || self.is_dirty() {
-            self.flush(co, graph)?;
+            self.save(co, graph, Counts::Written)?;
+        }
+        if self.check_intact().is_ok() {
+            self.mark_clean(co, graph)?;
         }
         Ok(())
     }
 }
 
 impl Qcow2 {
+    /// Writes everything back durably, then lowers the counts of what that made free.
+    fn save(&self, co: &Co, graph: &GraphRead<'_>, counts: Counts) -> Result<()> {
+        self.write_back(co, graph, true, counts)?;
+        if !self.frees.lock().durable.is_empty() {
+            let mut meta = self.meta.lock(co);
+            self.lower_durable(co, graph, &mut meta)?;
+        }
+        Ok(())
+    }
+
     fn is_dirty(&self) -> bool {
         self.l1.has_dirty()
             || self.l2.has_dirty()

@@ -269,12 +269,18 @@ pub enum Error {
     /// The image is marked as corrupt.
     #[error("image is marked as corrupt; it cannot be opened for writing until it is repaired")]
     Corrupt,
-    /// The refcounts may be stale.
+    /// The refcounts may be stale, and new ones do not make the image sound.
     #[error(
-        "image was not closed properly and its refcounts may be wrong; \
+        "could not repair dirty image: {why}; \
          repair it with qemu-img check -r all before it is opened for writing"
     )]
-    Dirty,
+    DirtyAndDamaged {
+        /// The first thing that is wrong.
+        why: String,
+    },
+    /// Lazy refcounts in a version 2 image.
+    #[error("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")]
+    LazyNeedsVersion3,
     /// A broken entry in a snapshot table.
     #[error("snapshot table entry {index}: {what} is {value}, {expected}")]
     Snapshot {
@@ -455,7 +461,8 @@ impl From<Error> for coblock_block::Error {
         use coblock_block::ErrorKind;
         let kind = match (&error, error.errno()) {
             (Error::Stopped { .. }, _) => ErrorKind::Poisoned,
-            (Error::Corrupt | Error::Dirty, _) => ErrorKind::ReadOnly,
+            (Error::Corrupt, _) => ErrorKind::ReadOnly,
+            (Error::LazyNeedsVersion3, _) => ErrorKind::Invalid,
             (Error::CreateOption { .. }, _) => ErrorKind::Invalid,
             (_, libc_errno::ENOTSUP) => ErrorKind::NotSupported,
             (_, libc_errno::EFBIG) => ErrorKind::LimitExceeded,

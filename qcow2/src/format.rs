@@ -5,15 +5,17 @@ use coblock_block::{
 };
 use coblock_coroutine::Co;
 
-use crate::header::Header;
-use crate::image::{CacheSizes, Qcow2, RequestMode};
+use crate::error::Error;
+use crate::header::{Compatible, Header};
+use crate::image::{CacheSizes, Qcow2, RequestMode, Tuning};
 use crate::image_file::ImageFile;
+use crate::types::Version;
 
 /// The opener of qcow2 images, to be registered under `"qcow2"`.
 ///
 /// Options besides those of every node: `file` (needed); `backing` (options of the backing file, instead of what
 /// the image says; empty: none is opened); `l2-cache-size` and `refcount-cache-size` (bytes);
-/// `request-mode` (`mutex` or `serial`, see [`RequestMode`]).
+/// `request-mode` (`mutex` or `serial`, see [`RequestMode`]); `lazy-refcounts` (what the image says; see [`Tuning`]).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OpenQcow2;
 
@@ -29,6 +31,7 @@ impl OpenDriver for OpenQcow2 {
                 return Err(BlockError::new(ErrorKind::Invalid, message));
             }
         };
+        let lazy_refcounts = opening.options().take_bool("lazy-refcounts")?;
         let file = opening.open_child(co, "file", ChildRole::Storage)?;
         let graph = opening.graph().read(co);
         let header = ImageFile::new(co, &graph, &file).read_header()?;
@@ -50,7 +53,16 @@ impl OpenDriver for OpenQcow2 {
             // "No backing file" is true of an image without one.
             opening.options().take("backing");
         }
-        let image = Qcow2::open(co, &graph, file, header, read_only, caches, mode)?;
+        if lazy_refcounts == Some(true) && header.geometry.version() == Version::V2 {
+            return Err(Error::LazyNeedsVersion3.into());
+        }
+        let from_header = header.compatible.contains(Compatible::LAZY_REFCOUNTS);
+        let tuning = Tuning {
+            caches,
+            mode,
+            lazy_refcounts: lazy_refcounts.unwrap_or(from_header),
+        };
+        let image = Qcow2::open(co, &graph, file, header, read_only, tuning)?;
         Ok(Box::new(image))
     }
 }

@@ -371,14 +371,11 @@ impl Header {
     /// Whether guest data and metadata can be written.
     ///
     /// # Errors
-    /// As [`Header::ensure_readable`], and for an image that is marked as corrupt or dirty.
+    /// As [`Header::ensure_readable`], and for an image that is marked as corrupt. A dirty one gets new refcounts first.
     pub fn ensure_writable(&self) -> Result<()> {
         self.ensure_readable()?;
         if self.incompatible.contains(Incompatible::CORRUPT) {
             return Err(Error::Corrupt);
-        }
-        if self.incompatible.contains(Incompatible::DIRTY) {
-            return Err(Error::Dirty);
         }
         Ok(())
     }

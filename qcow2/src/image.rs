@@ -17,9 +17,12 @@ use coblock_coroutine::{Co, CoMutex, CoMutexGuard, ThreadLock};
 
 use crate::alloc::Frees;
 use crate::cache::SliceCache;
+use crate::check::rebuild_refcounts;
 use crate::cow::PendingAllocation;
 use crate::error::Error;
 use crate::header::{Autoclear, Header, Incompatible};
+use crate::header_bits::HeaderBits;
+use crate::image_file::ImageFile;
 use crate::memtable::MemTable;
 use crate::overlap::ClusterFilter;
 use crate::spec;
@@ -53,8 +56,11 @@ pub struct Qcow2 {
     pub(crate) tables: ClusterFilter,
     /// Set once: why the image takes no more changes.
     stopped: OnceLock<String>,
+    /// Counts may stay in memory until the image is closed, or their cache is full of changes.
+    pub(crate) lazy_refcounts: bool,
+    pub(crate) header_bits: CoMutex<HeaderBits>,
     /// The corrupt bit is set, or would be if the image were writable: said once.
-    corrupt: AtomicBool,
+    pub(crate) corrupt: AtomicBool,
     /// Are clusters in use of which the file holds nothing? Asked at the first block status.
     pub(crate) preallocated: OnceLock<bool>,
     pub(crate) counters: Counters,
@@ -124,6 +130,17 @@ pub struct CacheSizes {
     pub refcounts: u64,
 }
 
+/// What the options of a node choose, beyond its files.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// How large the caches are.
+    pub caches: CacheSizes,
+    /// How requests share the image.
+    pub mode: RequestMode,
+    /// Refcounts may be behind the file's mappings while the image is open, and the dirty bit says so. Version 3 only.
+    pub lazy_refcounts: bool,
+}
+
 /// Most bytes for L2 slices unless told otherwise: maps 256 GiB in clusters of 64 KiB.
 pub const L2_CACHE_DEFAULT_MAX: u64 = 32 << 20;
 /// Fewest bytes for L2 slices unless told otherwise: a small disk may grow, and unused slots cost nothing.
@@ -179,16 +196,18 @@ impl Qcow2 {
         file: Arc<Child>,
         mut header: Header,
         read_only: bool,
-        caches: CacheSizes,
-        mode: RequestMode,
+        tuning: Tuning,
     ) -> Result<Self> {
         let geometry = header.geometry;
-        let file_len = file.len(graph);
-        header.validate(file_len)?;
+        header.validate(file.len(graph))?;
         if read_only {
             header.ensure_readable()?;
         } else {
             header.ensure_writable()?;
+            if header.incompatible.contains(Incompatible::DIRTY) {
+                let clusters = rebuild_refcounts(&ImageFile::new(co, graph, &file), &mut header)?;
+                log::warn!("the image was not closed properly: counted {clusters} clusters anew");
+            }
         }
         let l1_bytes = u64::from(header.l1_entries) * spec::TABLE_ENTRY_LEN;
         let l1 = read_table(co, graph, &file, header.l1_offset, l1_bytes)?;
@@ -215,19 +234,21 @@ impl Qcow2 {
             geometry,
             size: AtomicU64::new(geometry.virtual_size()),
             read_only,
-            l2: SliceCache::new(slice, caches.l2),
-            refcounts: SliceCache::new(slice, caches.refcounts),
+            l2: SliceCache::new(slice, tuning.caches.l2),
+            refcounts: SliceCache::new(slice, tuning.caches.refcounts),
             meta: CoMutex::new(Meta {
                 cursor: 0,
-                fresh_from: file_len.next_multiple_of(geometry.cluster_size()),
+                fresh_from: file.len(graph).next_multiple_of(geometry.cluster_size()),
                 pending: Vec::new(),
             }),
-            turns: (mode == RequestMode::Serial).then(|| CoMutex::new(())),
+            turns: (tuning.mode == RequestMode::Serial).then(|| CoMutex::new(())),
             writing_back: CoMutex::new(()),
             frees: ThreadLock::new(Frees::default()),
             in_flight: RequestTable::new(),
             tables,
             stopped: OnceLock::new(),
+            lazy_refcounts: tuning.lazy_refcounts,
+            header_bits: CoMutex::new(HeaderBits::new(header.incompatible)),
             corrupt: AtomicBool::new(header.incompatible.contains(Incompatible::CORRUPT)),
             counters: Counters::default(),
             header,
@@ -281,35 +302,6 @@ impl Qcow2 {
         if self.stopped.set(why.to_owned()).is_ok() {
             log::error!("the image takes no more changes until it is opened again: {why}");
         }
-    }
-
-    /// The image contradicts itself in a way that a write would make worse: marks it as corrupt, in the file too, and
-    /// returns the error for the request that found it. (Hazard O13.)
-    pub(crate) fn signal_corruption(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        what: Error,
-    ) -> coblock_block::Error {
-        if !self.corrupt.swap(true, Relaxed) {
-            log::error!("the image is corrupt: {what}");
-            if !self.read_only && self.geometry.version() == Version::V3 {
-                let bits = self.header.incompatible | Incompatible::CORRUPT;
-                let marked = self.switch_header(
-                    co,
-                    graph,
-                    spec::HEADER_AT_INCOMPATIBLE,
-                    &bits.bits().to_be_bytes(),
-                );
-                if let Err(error) = marked {
-                    log::error!("the image could not be marked as corrupt: {error}");
-                }
-            }
-        }
-        if !self.read_only {
-            self.take_no_more_changes(&format!("the image is corrupt: {what}"));
-        }
-        what.into()
     }
 
     /// Are there clusters that a flush could make free?

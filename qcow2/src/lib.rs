@@ -30,6 +30,7 @@
 //! | `resize` | changing the size of the disk |
 //! | `cow`, `zero` | writes, zeroes and discards that change the mapping |
 //! | `status` | what the bytes of the guest's disk are, without reading them |
+//! | `header_bits` | the dirty and the corrupt bit |
 //! | `writeback` | what reaches the file in which order |
 //! | `alloc`, `refcount` | which host clusters are free |
 //! | `mapping` | from guest offset to host offset |
@@ -59,6 +60,7 @@ pub mod feature;
 pub(crate) mod fields;
 pub mod format;
 pub mod header;
+mod header_bits;
 pub mod image;
 pub mod image_file;
 pub mod info;
@@ -79,4 +81,4 @@ mod zero;
 
 pub use error::{Error, Result};
 pub use format::OpenQcow2;
-pub use image::{CacheSizes, Qcow2, Qcow2Stats, RequestMode};
+pub use image::{CacheSizes, Qcow2, Qcow2Stats, RequestMode, Tuning};

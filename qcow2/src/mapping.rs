@@ -16,6 +16,7 @@ use crate::cache::{Pin, Reserved, SliceCache};
 use crate::entry::{L1Entry, L2Entry};
 use crate::image::{Meta, Qcow2, buffer};
 use crate::types::{GuestOffset, HostOffset};
+use crate::writeback::Counts;
 
 /// What a range of the guest's disk is, up to the first change of kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,7 +183,15 @@ impl Qcow2 {
             match cache.reserve(co, slice, host) {
                 Reserved::Ready(pin) => return Ok(Some(pin)),
                 Reserved::Again => {}
-                Reserved::NeedsWriteBack => self.write_back(co, graph, false)?,
+                Reserved::NeedsWriteBack => {
+                    // The cache that is full must get room.
+                    let counts = if std::ptr::eq(cache, &raw const self.refcounts) {
+                        Counts::Written
+                    } else {
+                        Counts::MayLag
+                    };
+                    self.write_back(co, graph, false, counts)?;
+                }
                 Reserved::Load(load) => {
                     let mut words = buffer(in_memory(cache.slice_bytes()))?;
                     let into = IoVecMut::from(&mut words[..]);

@@ -23,6 +23,7 @@ use crate::image::{Meta, Qcow2, buffer, header_field};
 use crate::spec;
 use crate::types::{HostCluster, HostOffset};
 use crate::width::RefcountWidth;
+use crate::writeback::Counts;
 
 impl Qcow2 {
     /// Where the slice with the count of `cluster` is: number of the slice, index of the count in it.
@@ -234,7 +235,7 @@ impl Qcow2 {
         let new_len = table_bytes / spec::TABLE_ENTRY_LEN;
 
         // Every block that the copy will name is complete in the file.
-        self.write_back(co, graph, true)?;
+        self.write_back(co, graph, true, Counts::Written)?;
         meta.clusters_written(geometry.host_start(HostCluster(start.0 + used)));
         self.write_self_describing_blocks(co, graph, start, blocks, used)?;
         let added: Vec<(u64, u64)> = (0..blocks)

@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::image::{Meta, Qcow2, header_field};
 use crate::spec;
 use crate::types::HostCluster;
+use crate::writeback::Counts;
 
 impl Qcow2 {
     /// Makes the disk `len` bytes long; what is added is not allocated.
@@ -46,7 +47,7 @@ impl Qcow2 {
         }
         let run = self.allocate(co, graph, meta, geometry.clusters(bytes).0, true)?;
         // Every table that the copy will name is complete in the file, and the counts of the new place are durable.
-        self.write_back(co, graph, true)?;
+        self.write_back(co, graph, true, Counts::Written)?;
         let table = self.l1.to_bytes(entries);
         let none = RequestFlags::empty();
         self.file

@@ -16,6 +16,9 @@
 //! O6), and since counts are lowered only after step 3 was flushed, an unmapping is durable before its count goes down
 //! (O2). There are no dependencies between cache entries, so there can be no cycle of them (O3).
 //!
+//! With lazy refcounts a pass may leave out step 1, and the counts stay in memory. Before the first mapping is written whose
+//! count does so, the header says durably that the image is dirty (O11, `header_bits.rs`); all else keeps its order.
+//!
 //! Passes run one at a time. They work on copies and hold neither the metadata mutex nor a pin: a request that holds the
 //! mutex may run a pass, and others go on allocating.
 
@@ -30,12 +33,23 @@ use crate::memtable::StagedEntries;
 /// Bytes that one write of neighbouring slices may have.
 const WRITE_BYTES_MAX: usize = 1 << 20;
 
+/// What a pass does about refcounts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Counts {
+    /// They may stay in memory, if refcounts are lazy.
+    MayLag,
+    /// They reach the file before the mappings.
+    Written,
+}
+
 /// Copies of everything that the file does not have.
 struct Pass {
     refcounts: Vec<Staged>,
     refcount_table: Vec<StagedEntries>,
     l2: Vec<Staged>,
     l1: Vec<StagedEntries>,
+    /// Some of the mappings have counts that stay in memory.
+    lags: bool,
 }
 
 impl Qcow2 {
@@ -43,7 +57,13 @@ impl Qcow2 {
     ///
     /// # Errors
     /// I/O. What did not reach the file is dirty again, and nothing in the file points to something unwritten.
-    pub(crate) fn write_back(&self, co: &Co, graph: &GraphRead<'_>, durable: bool) -> Result<()> {
+    pub(crate) fn write_back(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        durable: bool,
+        counts: Counts,
+    ) -> Result<()> {
         let _one_at_a_time = self.writing_back.lock(co);
         self.check_intact()?;
         // The order of these copies matters when other threads go on: a mapping that is copied here has its count, which
@@ -52,8 +72,14 @@ impl Qcow2 {
         let l2 = self.l2.stage_dirty();
         let l1 = self.l1.stage_dirty();
         let refcount_table = self.refcount_table.stage_dirty();
-        let refcounts = self.refcounts.stage_dirty();
+        let lazy = self.lazy_refcounts && counts == Counts::MayLag;
+        let refcounts = if lazy {
+            Vec::new()
+        } else {
+            self.refcounts.stage_dirty()
+        };
         let pass = Pass {
+            lags: lazy && self.refcounts.has_dirty(),
             refcounts,
             refcount_table,
             l2,
@@ -81,6 +107,9 @@ impl Qcow2 {
         self.write_slices(co, graph, &pass.refcounts)?;
         let points = !pass.refcount_table.is_empty() || !pass.l2.is_empty() || !pass.l1.is_empty();
         if points {
+            if pass.lags {
+                self.mark_dirty(co, graph)?;
+            }
             self.file.flush(co, graph)?;
         }
         if !pass.refcount_table.is_empty() {
@@ -123,7 +152,13 @@ impl Qcow2 {
             .try_for_each(|run| self.write_table(co, graph, run.host.0, &run.bytes))
     }
 
-    fn write_table(&self, co: &Co, graph: &GraphRead<'_>, at: u64, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn write_table(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: u64,
+        bytes: &[u8],
+    ) -> Result<()> {
         self.file
             .pwrite(co, graph, at, IoVec::from(bytes), RequestFlags::empty())
     }

@@ -462,14 +462,13 @@ fn unknown_features_have_names() {
     );
 }
 
-/// What an image may be used for: encrypted, external data file and extended L2 not at all, corrupt and dirty for
-/// reading only.
+/// What an image may be used for: encrypted, external data file and extended L2 not at all, corrupt for reading only.
 #[test]
 fn uses() {
     for (name, puts, readable, writable) in [
         ("plain", vec![], true, true),
         ("corrupt", vec![(72, 8, 2)], true, false),
-        ("dirty", vec![(72, 8, 1)], true, false),
+        ("dirty", vec![(72, 8, 1)], true, true),
         ("AES", vec![(32, 4, 1)], false, false),
         ("data file", vec![(72, 8, 4)], false, false),
         ("extended L2", vec![(72, 8, 16)], false, false),

@@ -1,4 +1,5 @@
-//! Read-only check of an image's metadata, with the verdict and the counts of `qemu-img check`.
+//! The check of an image's metadata, with the verdict and the counts of `qemu-img check`; and new refcounts from the same
+//! walk, in `rebuild.rs`.
 //!
 //! Every table is read once, in the order of the file, however many snapshots share it:
 //!
@@ -9,7 +10,7 @@
 //!        v  tables.rs
 //!   references of every host cluster     counts.rs
 //!        v  compare.rs
-//!   refcounts on disk                    disk_refcounts.rs
+//!   refcounts on disk                    disk_refcounts.rs    (or new ones: rebuild.rs)
 //! ```
 //!
 //! What a table refers to counts once for each path from the header to it, which is what a refcount has to say. Work is
@@ -20,9 +21,11 @@ mod compare;
 mod counts;
 mod disk_refcounts;
 mod finding;
+mod rebuild;
 mod tables;
 
 pub use finding::{Finding, Severity};
+pub use rebuild::rebuild_refcounts;
 
 use coblock_block::Result;
 
@@ -100,42 +103,9 @@ pub fn check(
     header: &Header,
     event: &mut dyn FnMut(Event<'_>),
 ) -> Result<CheckReport> {
-    header.ensure_standard_metadata()?;
-    header.ensure_data_in_file()?;
-    let geometry = header.geometry;
-    // The reference counts files in sectors.
-    let file_len = file.len().next_multiple_of(spec::SECTOR_LEN);
-    let file_clusters = geometry.clusters(file_len).get();
-    if file_clusters > spec::CHECK_CLUSTERS_MAX {
-        return Err(Error::LimitExceeded {
-            what: "clusters of the file",
-            need: file_clusters,
-            have: spec::CHECK_CLUSTERS_MAX,
-        }
-        .into());
-    }
-    let mut state = State {
-        file,
-        file_len,
-        geometry,
-        disk: DiskRefcounts::read(file, header)?,
-        counts: Counts::new(RefcountWidth::new(geometry.refcount_order())),
-        file_clusters,
-        report: CheckReport {
-            total_clusters: geometry.clusters(header.whole_sectors()).get(),
-            ..CheckReport::default()
-        },
-        event,
-    };
+    let mut state = State::new(file, header, event)?;
     let snapshots = SnapshotTable::read(file, header)?;
-    state.tables(header, &snapshots)?;
-    if header.snapshots > 0 {
-        state.refer(header.snapshots_offset, snapshots.len, 1)?;
-    }
-    if let Some(crypto) = header.crypto_header() {
-        state.refer(crypto.offset, crypto.len, 1)?;
-    }
-    state.bitmaps(header)?;
+    state.references(header, &snapshots)?;
     state.compare(header)?;
     Ok(state.report)
 }
@@ -154,7 +124,53 @@ struct State<'a> {
     event: &'a mut dyn FnMut(Event<'_>),
 }
 
-impl State<'_> {
+impl<'a> State<'a> {
+    fn new(
+        file: &'a ImageFile<'a>,
+        header: &Header,
+        event: &'a mut dyn FnMut(Event<'_>),
+    ) -> Result<Self> {
+        header.ensure_standard_metadata()?;
+        header.ensure_data_in_file()?;
+        let geometry = header.geometry;
+        // The reference counts files in sectors.
+        let file_len = file.len().next_multiple_of(spec::SECTOR_LEN);
+        let file_clusters = geometry.clusters(file_len).get();
+        if file_clusters > spec::CHECK_CLUSTERS_MAX {
+            return Err(Error::LimitExceeded {
+                what: "clusters of the file",
+                need: file_clusters,
+                have: spec::CHECK_CLUSTERS_MAX,
+            }
+            .into());
+        }
+        Ok(State {
+            file,
+            file_len,
+            geometry,
+            disk: DiskRefcounts::read(file, header)?,
+            counts: Counts::new(RefcountWidth::new(geometry.refcount_order())),
+            file_clusters,
+            report: CheckReport {
+                total_clusters: geometry.clusters(header.whole_sectors()).get(),
+                ..CheckReport::default()
+            },
+            event,
+        })
+    }
+
+    /// Counts every reference but those of the refcounts to themselves.
+    fn references(&mut self, header: &Header, snapshots: &SnapshotTable) -> Result<()> {
+        self.tables(header, snapshots)?;
+        if header.snapshots > 0 {
+            self.refer(header.snapshots_offset, snapshots.len, 1)?;
+        }
+        if let Some(crypto) = header.crypto_header() {
+            self.refer(crypto.offset, crypto.len, 1)?;
+        }
+        self.bitmaps(header)
+    }
+
     /// Counts and tells a finding.
     fn found(&mut self, finding: &Finding, times: u64) {
         let count = match finding.severity() {

@@ -4,6 +4,7 @@
 pub mod corpus;
 pub mod damage;
 pub mod image;
+pub mod rig;
 
 use std::path::Path;
 use std::process::{Command, Output};
