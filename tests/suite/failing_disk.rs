@@ -28,6 +28,8 @@ fn params() -> Params {
         hot: 30,
         requests: 60,
         fill: 0,
+        lazy: false,
+        serial: false,
     }
 }
 

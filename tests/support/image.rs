@@ -41,11 +41,13 @@ pub fn empty(params: &Params, backing: Option<&str>) -> Vec<u8> {
     put32(&mut bytes, 56, 1);
     let mut end = 72;
     if params.version == 3 {
+        put32(&mut bytes, 84, usize::from(params.lazy));
         put32(&mut bytes, 96, params.refcount_order as usize);
         put32(&mut bytes, 100, 104);
         end = 104;
     } else {
         assert_eq!(params.refcount_order, 4, "version 2 has counts of 16 bits");
+        assert!(!params.lazy, "version 2 has no dirty bit");
     }
     if let Some(name) = backing {
         // Header extension "backing file format name", then the end of the extensions, then the name.

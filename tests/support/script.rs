@@ -50,6 +50,10 @@ pub struct Params {
     pub requests: usize,
     /// Bytes from the start that are written in large pieces, in between the other requests.
     pub fill: u64,
+    /// Refcounts are lazy, and the image dirty while it is open.
+    pub lazy: bool,
+    /// Requests take turns (serial mode).
+    pub serial: bool,
 }
 
 /// Cluster bits and refcount order of geometries in which a few MiB fill more than one refcount block.
@@ -106,6 +110,8 @@ impl Params {
             hot: rng.pick(&[10, 40, 80]),
             requests: usize::try_from(rng.between(400, 900)).expect("small"),
             fill: block_covers * 9 / 8,
+            lazy: version == 3 && rng.chance(30),
+            serial: rng.chance(20),
         }
     }
 

@@ -85,7 +85,8 @@ pub fn run(params: &Params) -> Seen {
     let session = session();
     let disk = SimDisk::with_contents(&image::empty(params, None));
     disk.delay(seed, Duration::from_micros(200));
-    let options = image_with_smallest_caches(&disk);
+    let mode = if params.serial { "serial" } else { "mutex" };
+    let options = image_with_smallest_caches(&disk).with("request-mode", mode);
     let backend = session
         .open(options, &DenyAll)
         .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
