@@ -225,7 +225,7 @@ fn other_damage_is_not_repaired() {
         (
             "two clusters share data",
             FIRST_L2 + 8,
-            COPIED | 5 * CLUSTER,
+            COPIED | (5 * CLUSTER),
         ),
     ] {
         let before = lazy();
@@ -313,7 +313,7 @@ fn every_shape_of_refcounts_is_rebuilt() {
         // Guest cluster 0 far up in the file: its L2 table at 3 MiB, the data behind it.
         f.disk.poke(3 * 512, &(COPIED | 3 << 20).to_be_bytes());
         f.disk
-            .poke(3 << 20, &(COPIED | (3 << 20) + 512).to_be_bytes());
+            .poke(3 << 20, &(COPIED | ((3 << 20) + 512)).to_be_bytes());
         f.disk.poke((3 << 20) + 512, &[9; 512]);
         let disk = open_dirty(&f).unwrap_or_else(|e| panic!("{order}: {e}"));
         assert_eq!(f.read(&disk, 0, 512), [9; 512]);
