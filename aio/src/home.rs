@@ -19,6 +19,7 @@ use crate::engine::Engine;
 use crate::fd_handler::ReadyList;
 use crate::notifier::EventNotifier;
 use crate::sys::event::{Epoll, PollFd, ready};
+use crate::trimmer::Trimmer;
 use coblock_coroutine::{Co, Error, Hold, Schedule};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt;
@@ -60,6 +61,7 @@ pub(crate) struct Core {
     pub ready: ReadyList,
     pub engine: Engine,
     pub busy_poll: BusyPoll,
+    trimmer: Trimmer,
     passes: Cell<u64>,
     /// Name and number of live coroutines; names that ended stay, with zero.
     pub live_names: RefCell<Vec<(&'static str, usize)>>,
@@ -97,6 +99,7 @@ impl Home {
             ready: ReadyList::default(),
             engine,
             busy_poll: BusyPoll::default(),
+            trimmer: Trimmer::default(),
             passes: Cell::new(0),
             live_names: RefCell::new(Vec::new()),
             foreign: OnceCell::new(),
@@ -412,6 +415,9 @@ impl Core {
             }
             _ => {}
         }
+        if timeout != Some(0) {
+            timeout = self.trimmer.before_sleep(timeout);
+        }
         let slept = self.busy_poll.sleep_begins(timeout);
         self.engine.wait(context, &self.ready, timeout);
         self.busy_poll.sleep_ended(slept);
@@ -422,6 +428,10 @@ impl Core {
         let completions = self.engine.complete(context, &self.ready);
         let descriptors = self.ready.dispatch(&context.handlers);
         let timers = context.timers.fire();
-        halves | completions | descriptors | timers
+        let progress = halves | completions | descriptors | timers;
+        if progress {
+            self.trimmer.progress();
+        }
+        progress
     }
 }

@@ -29,7 +29,7 @@
 //! * `engine`: io_uring, or threads
 //! * `current`: which context a thread drives
 //! * `context`: what any thread may use
-//! * `thread_pool`, `busy_poll`, `bottom_half`, `fd_handler`, `timer`: the parts of a loop
+//! * `thread_pool`, `busy_poll`, `trimmer`, `bottom_half`, `fd_handler`, `timer`: the parts of a loop
 //! * `monitor`: watching descriptors, with epoll or poll(2)
 //! * `clock`, `notifier`: time, real or virtual; an event
 //! * `notify`, `bh_state`, `waiters`: the protocols without locks, model-checked in `tests/models.rs`
@@ -63,6 +63,7 @@ mod notify;
 mod thread_pool;
 mod timer;
 mod transfer;
+mod trimmer;
 mod wait_while;
 mod waiters;
 

@@ -25,8 +25,6 @@ use crate::stack::{self, CLASSES, Fresh, Quarry, size_of_class};
 const LOCAL_BYTES: usize = 32 << 20;
 /// The same for the shared list; above it, stacks give their pages back.
 const SHARED_BYTES: usize = 256 << 20;
-/// Fresh slots that a thread carves at once.
-const CARVE: usize = 16;
 /// Life numbers that a thread takes at once.
 const LIVES: u64 = 1 << 20;
 
@@ -405,7 +403,7 @@ impl Shared {
         if let Some(row) = self.leftovers.pop() {
             return Ok(row);
         }
-        self.quarry.carve(class, CARVE.min(local_max(class)))
+        self.quarry.carve(class, stack::BATCH.min(local_max(class)))
     }
 }
 
@@ -416,8 +414,8 @@ const WARM: usize = 16;
 /// last few used), then of those between the threads. How many there were; fewer than `most`:
 /// nothing is left to trim.
 ///
-/// For an event loop that has nothing to do, in batches: one stack costs about a microsecond here,
-/// and one or two page faults when it is used again.
+/// For an event loop that has nothing to do (that of `coblock-aio` does it), in batches: one stack
+/// costs about a microsecond here, and one or two page faults when it is used again.
 pub fn trim_idle(most: usize) -> usize {
     let mut trimmed = 0;
     for class in 0..CLASSES {
@@ -432,6 +430,15 @@ pub fn trim_idle(most: usize) -> usize {
         }
     }
     trimmed
+}
+
+/// Idle stacks of the calling thread that [`trim_idle`] would trim; those between the threads are
+/// not counted. A few loads, no lock.
+pub fn idle_stacks() -> usize {
+    THREAD.with(|thread| {
+        let idle = thread.local.iter().map(|local| local.idle.count.get());
+        idle.map(|count| count.saturating_sub(WARM)).sum()
+    })
 }
 
 /// What the coroutines of the calling thread have done so far, and what the process holds for them.

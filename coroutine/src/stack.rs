@@ -17,16 +17,16 @@
 //!                        stacks do not all fall into the same sets of the processor's caches
 //! ```
 //!
-//! The guard page is set with `MADV_GUARD_INSTALL` (Linux 6.13: costs no mapping) or, where the
-//! kernel does not know it, with `mprotect` (two mappings a stack). Which one is found out once, by
-//! trying.
+//! The guard page is set with `MADV_GUARD_INSTALL` (Linux 6.13: costs no mapping; several with one
+//! call since 6.14) or, where the kernel does not know it, with `mprotect` (two mappings a stack).
+//! Which one is found out once, by trying.
 
 pub(crate) mod control;
 mod debugger;
 pub(crate) mod overflow;
 
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
 use crate::error::Error;
 
@@ -80,6 +80,11 @@ pub(crate) const fn size_of_class(class: usize) -> usize {
 
 /// `MADV_GUARD_INSTALL`, Linux 6.13; not in the libc crate.
 const MADV_GUARD_INSTALL: libc::c_int = 102;
+
+/// Most guards that are set with one call, so most slots that are carved at once.
+pub(crate) const BATCH: usize = 16;
+/// The kernel has refused to set several guards with one call.
+static NO_BATCHES: AtomicBool = AtomicBool::new(false);
 
 /// How guard pages are set; found out by the first attempt.
 static GUARD_KIND: AtomicU8 = AtomicU8::new(GUARD_UNKNOWN);
@@ -305,19 +310,13 @@ impl Quarry {
         }
         let size = size_of_class(class);
         let want = reserve_stacks(want.min(self.rest.count).max(1))?;
-        let mut guarded = 0;
-        while guarded < want {
-            let low = self.rest.low.wrapping_add(guarded * size);
-            // A failure after the first one is not reported: what has its guard will do.
-            match install_guard(low) {
-                Ok(()) => guarded += 1,
-                Err(error) if guarded == 0 => {
-                    STACKS.fetch_sub(want as u64, Ordering::Relaxed);
-                    return Err(error);
-                }
-                Err(_) => break,
+        let guarded = match install_guards(self.rest.low, size, want) {
+            Ok(guarded) => guarded,
+            Err(error) => {
+                STACKS.fetch_sub(want as u64, Ordering::Relaxed);
+                return Err(error);
             }
-        }
+        };
         let fresh = self.rest.split(guarded, class);
         let arena = self.arena.expect("a quarry with slots has an arena");
         arena.carved.fetch_add(guarded, Ordering::Release);
@@ -395,6 +394,57 @@ fn map_arena(bytes: usize, class: usize) -> Result<(NonNull<u8>, &'static Arena)
     ARENAS.store(ptr::from_ref(arena).cast_mut(), Ordering::Release);
     ARENA_COUNT.fetch_add(1, Ordering::Relaxed);
     Ok((low, arena))
+}
+
+/// Makes the first page of each of `count` neighbouring slots one that kills whoever touches it.
+/// How many were done, at least one.
+///
+/// # Errors
+/// When not even the first could be; a failure after that is not reported.
+fn install_guards(low: *mut u8, size: usize, count: usize) -> Result<usize, Error> {
+    let mut done = install_guards_at_once(low, size, count.min(BATCH));
+    while done < count {
+        match install_guard(low.wrapping_add(done * size)) {
+            Ok(()) => done += 1,
+            Err(error) if done == 0 => return Err(error),
+            Err(_) => break,
+        }
+    }
+    Ok(done)
+}
+
+/// As [`install_guards`], with one call. How many were done; none where the kernel cannot: it knows
+/// this form of the call for one's own memory since Linux 6.14.
+fn install_guards_at_once(low: *mut u8, size: usize, count: usize) -> usize {
+    /// `PIDFD_SELF`, Linux 6.14; not in the libc crate.
+    const MYSELF: libc::c_int = -10_000;
+    let single = GUARD_KIND.load(Ordering::Relaxed) == GUARD_MPROTECT;
+    if count < 2 || single || NO_BATCHES.load(Ordering::Relaxed) {
+        return 0;
+    }
+    let guards: [libc::iovec; BATCH] = std::array::from_fn(|n| libc::iovec {
+        iov_base: low.wrapping_add(n * size).cast(),
+        iov_len: GUARD,
+    });
+    let (call, nothing) = (libc::SYS_process_madvise, 0_usize);
+    // SAFETY: the first `count` ranges are the first pages of slots that have just been carved out
+    // of their arena and that nobody has seen, so no reference points into them.
+    let bytes = unsafe {
+        libc::syscall(
+            call,
+            MYSELF,
+            guards.as_ptr(),
+            count,
+            MADV_GUARD_INSTALL,
+            nothing,
+        )
+    };
+    let Ok(bytes) = usize::try_from(bytes) else {
+        NO_BATCHES.store(true, Ordering::Relaxed);
+        return 0;
+    };
+    GUARD_KIND.store(GUARD_MADVISE, Ordering::Relaxed);
+    bytes / GUARD
 }
 
 /// Makes the page at `low` one that kills whoever touches it.

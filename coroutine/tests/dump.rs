@@ -217,12 +217,26 @@ fn a_limit_is_an_error() {
     assert_eq!(status.code(), Some(77), "{stderr}");
 }
 
+/// Guards are set one by one when the kernel does not set several with one call, as before 6.14.
+#[test]
+fn falls_back_when_the_kernel_refuses_batches() {
+    if is_child("falls_back_when_the_kernel_refuses_batches") {
+        refuse_guard_markers(false);
+        let all: Vec<_> = (0..40).map(|_| named("old", |co| co.suspend())).collect();
+        all.iter()
+            .for_each(|co| assert_eq!(co.enter(), State::Suspended));
+        std::process::exit(77);
+    }
+    let (stderr, status) = child("falls_back_when_the_kernel_refuses_batches");
+    assert_eq!(status.code(), Some(77), "{stderr}");
+}
+
 /// Guards fall back to mprotect when the call fails at run time: a filter makes `madvise` refuse
 /// guard markers with EINVAL, as a kernel before 6.13 does.
 #[test]
 fn falls_back_when_the_kernel_refuses_markers() {
     if is_child("falls_back_when_the_kernel_refuses_markers") {
-        refuse_guard_markers();
+        refuse_guard_markers(true);
         uses_mprotect();
     }
     let (stderr, status) = child("falls_back_when_the_kernel_refuses_markers");
@@ -261,8 +275,9 @@ fn uses_mprotect() -> ! {
     std::process::exit(77);
 }
 
-/// From now on `madvise(_, _, MADV_GUARD_INSTALL)` answers EINVAL in this process.
-fn refuse_guard_markers() {
+/// From now on `process_madvise` answers EINVAL in this process; if `single`, so does `madvise(_, _,
+/// MADV_GUARD_INSTALL)`.
+fn refuse_guard_markers(single: bool) {
     let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
         code: u16::try_from(code).unwrap(),
         jt,
@@ -273,17 +288,21 @@ fn refuse_guard_markers() {
     let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
     let answer = libc::BPF_RET | libc::BPF_K;
     let madvise = u32::try_from(libc::SYS_madvise).unwrap();
+    let process_madvise = u32::try_from(libc::SYS_process_madvise).unwrap();
     let refused = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EINVAL).unwrap();
+    // No advice has this number.
+    let marker = if single { 102 } else { u32::MAX };
     let mut filter = [
-        statement(load, 0, 0, 0),          // the number of the call
-        statement(equal, 0, 3, madvise),   //
-        statement(load, 0, 0, 16 + 2 * 8), // its third argument, the low half
-        statement(equal, 0, 1, 102),       // MADV_GUARD_INSTALL
-        statement(answer, 0, 0, refused),  //
+        statement(load, 0, 0, 0),                // the number of the call
+        statement(equal, 3, 0, process_madvise), //
+        statement(equal, 0, 3, madvise),         //
+        statement(load, 0, 0, 16 + 2 * 8),       // its third argument, the low half
+        statement(equal, 0, 1, marker),          // MADV_GUARD_INSTALL
+        statement(answer, 0, 0, refused),        //
         statement(answer, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];
     let program = libc::sock_fprog {
-        len: 6,
+        len: 7,
         filter: filter.as_mut_ptr(),
     };
     // SAFETY: plain numbers.
