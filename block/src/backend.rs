@@ -153,6 +153,48 @@ impl BlockBackend {
         })
     }
 
+    /// Copies `len` bytes from `offset` to `to_offset` of `to`. Where both stand on different files of the
+    /// host, it copies or shares them itself; zeros stay zeros and need no storage; all else is
+    /// read and written.
+    ///
+    /// # Errors
+    /// `OutOfBounds` (errno `EIO`) past either end, `Invalid` where ranges of one node overlap or the two
+    /// are in different graphs, else as [`BlockBackend::pread`] and [`BlockBackend::pwrite`]. After an
+    /// error any part of the target may hold old or new data.
+    pub fn copy_range(
+        &self,
+        co: &Co,
+        offset: u64,
+        to: &BlockBackend,
+        to_offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        self.other(co, RequestKind::Read, (offset, len), |graph| {
+            self.copy_range_counted(co, graph, offset, (to, to_offset), len)
+        })
+    }
+
+    /// The same for a request that is counted here already.
+    pub(crate) fn copy_range_counted(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        (to, to_offset): (&BlockBackend, u64),
+        len: u64,
+    ) -> Result<()> {
+        if !Arc::ptr_eq(&self.graph, &to.graph) {
+            let message = "The two ends of a copy are in different graphs";
+            return Err(self.node.locate(Error::new(ErrorKind::Invalid, message)));
+        }
+        let _request = to
+            .requests
+            .begin(graph.slot(), to_offset, len, RequestKind::Write);
+        to.check(to_offset, len)?;
+        self.node
+            .copy_range(co, graph, offset, (&to.node, to_offset), len)
+    }
+
     /// Everything that completed before is on stable storage when this returns. Nothing to do on a
     /// read-only node.
     ///

@@ -222,6 +222,24 @@ impl BlockBackend {
         self.submit(RequestKind::Discard, (offset, len), (), discard, done)
     }
 
+    /// Copies to another backend; see [`BlockBackend::copy_range`].
+    #[track_caller]
+    pub fn aio_copy_range(
+        self: &Arc<Self>,
+        offset: u64,
+        to: &Arc<BlockBackend>,
+        to_offset: u64,
+        len: u64,
+        done: impl FnOnce(Result<()>) + Send + 'static,
+    ) -> Result<AioRequest> {
+        let to = to.clone();
+        let copy = move |backend: &BlockBackend, co: &Co, graph: &GraphRead<'_>, _: &mut ()| {
+            backend.copy_range_counted(co, graph, offset, (&to, to_offset), len)
+        };
+        let done = move |result, ()| done(result);
+        self.submit(RequestKind::Read, (offset, len), (), copy, done)
+    }
+
     /// Everything whose callback was called before is on stable storage when `done` is; see
     /// [`BlockBackend::flush`].
     #[track_caller]

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::graph::GraphRead;
-use crate::io::Status;
+use crate::io::{Copied, CopySource, CopyTarget, Status};
 use crate::node::Node;
 use crate::types::{ChildRole, FileId, Limits, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
@@ -181,6 +181,37 @@ impl Child {
     /// As [`Child::pwrite`].
     pub fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
         self.node.pdiscard(co, graph, offset, len)
+    }
+
+    /// Offers a first part of the range to `to`, without reading it where that is possible. Suspends. For
+    /// drivers; users have [`BlockBackend::copy_range`](crate::BlockBackend::copy_range).
+    ///
+    /// # Errors
+    /// `Closed`, else what a driver returned.
+    pub fn copy_range_from(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        to: &CopyTarget<'_>,
+    ) -> Result<Copied> {
+        self.node.copy_range_from(co, graph, offset, len, to)
+    }
+
+    /// Copies a first part of `source` to `offset` without reading it; tells how many bytes that were,
+    /// none where it cannot be done without waiting. Suspends.
+    ///
+    /// # Errors
+    /// As [`Child::pwrite`].
+    pub fn copy_range_to(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        source: CopySource<'_>,
+    ) -> Result<u64> {
+        self.node.copy_range_to(co, graph, offset, source)
     }
 
     /// What the first bytes of the range are, as the node below holds them: one layer, through its

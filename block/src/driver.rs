@@ -6,6 +6,7 @@
 use crate::child::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphRead;
+use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::types::{ChildRole, FileId, Limits, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
@@ -96,6 +97,42 @@ pub trait Driver: Send + Sync + 'static {
     fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
         let _ = (co, graph, offset, len);
         Err(self.not_supported("discard"))
+    }
+
+    /// Offers a first part of the range to `to` without reading it: hands it on to a child, or to
+    /// `to` where the bytes are in a file of the host. Suspends. The range is not empty and inside the
+    /// node, and not aligned to anything.
+    ///
+    /// # Errors
+    /// Those of who was asked. What cannot be copied without reading it is [`Copied::No`].
+    fn copy_range_from(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        to: &CopyTarget<'_>,
+    ) -> Result<Copied> {
+        let _ = (co, graph, offset, len, to);
+        Ok(Copied::No)
+    }
+
+    /// Copies a first part of `source` to `offset` without reading it, and tells how many bytes that
+    /// were. Suspends, but never for another request that may be waiting for one of `source`: then, as
+    /// where it cannot be done, it copies nothing. `offset` and length are multiples of
+    /// [`Limits::request_alignment`].
+    ///
+    /// # Errors
+    /// As [`Driver::pwrite`].
+    fn copy_range_to(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        source: CopySource<'_>,
+    ) -> Result<u64> {
+        let _ = (co, graph, offset, source);
+        Ok(0)
     }
 
     /// Tells what the first bytes of the range are, without reading them. Suspends. The range is not

@@ -3,11 +3,12 @@
 //! ```text
 //!   begin in the request table -> open? conflicts? range? -> aligned, one piece, plain memory?
 //!        yes: the driver, at once                         (inlined: no frame of our own)
-//!        no:  io/read.rs, io/write.rs, io/zero_discard.rs
+//!        no:  io/read.rs, io/write.rs, io/zero_discard.rs, io/copy_range.rs
 //! ```
 //! The first step is shared by all, so the two faces of a backend (rule 2.2) meet the same checks,
 //! limits and errors here.
 
+mod copy_range;
 mod flush;
 mod read;
 mod status;
@@ -15,6 +16,7 @@ mod truncate;
 mod write;
 mod zero_discard;
 
+pub use copy_range::{Copied, CopySource, CopyTarget};
 pub use status::Status;
 
 use crate::error::{Error, ErrorKind, Result};

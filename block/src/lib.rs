@@ -6,7 +6,7 @@
 //!               backend         BlockBackend: the user's handle
 //!   nodes       open, gate      from options to nodes; files that an image names
 //!               drivers/        file, raw, null-co, sim
-//!               io/             a request's way through a node: align, serialise, split, bounce, flush, status
+//!               io/             a request's way through a node: align, serialise, split, bounce, copy, flush, status
 //!               node, child, driver     these three know each other
 //!               graph           all nodes, GraphRead
 //!   below       request_table   requests in flight, who waits for whom
@@ -50,7 +50,7 @@ pub use error::{Error, ErrorKind, Result, errno_text};
 pub use gate::{Beneath, DenyAll, Dependent, Explicit, LikeReference, OpenGate};
 pub use graph::{Graph, GraphCell, GraphRead};
 pub use graph_lock::{ContextSlot, MAX_CONTEXTS};
-pub use io::Status;
+pub use io::{Copied, CopySource, CopyTarget, Status};
 pub use mixed::Mixed;
 pub use node::{Node, close_unused};
 pub use open::{Opening, open};

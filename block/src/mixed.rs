@@ -96,6 +96,21 @@ impl<'a> Mixed<'a> {
         self.run(|co| self.backend.pdiscard(co, offset, len))
     }
 
+    /// See [`BlockBackend::copy_range`].
+    ///
+    /// # Errors
+    /// As there.
+    #[track_caller]
+    pub fn copy_range(
+        &self,
+        offset: u64,
+        to: &BlockBackend,
+        to_offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        self.run(|co| self.backend.copy_range(co, offset, to, to_offset, len))
+    }
+
     /// See [`BlockBackend::flush`].
     ///
     /// # Errors

@@ -64,7 +64,7 @@ impl Meta {
 
 /// Where the bytes around the data of an allocating write come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
+pub(crate) enum Source {
     Zeros,
     Host(HostOffset),
     /// From `skip` on of the cluster that `len` bytes at `host` inflate to.
@@ -77,21 +77,32 @@ enum Source {
 }
 
 /// A part of a new cluster that the guest did not write.
-struct Edge {
+pub(crate) struct Edge {
     source: Source,
     len: u64,
 }
 
+/// May a write wait for another one's allocation?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// As long as it takes.
+    Allowed,
+    /// It holds something for which the other one may wait.
+    Never,
+}
+
 /// How a write goes on after its first look.
-enum Plan {
+pub(crate) enum Plan {
     /// Nothing to allocate here any more: look the mapping up again.
     Overwrite,
+    /// Another write is about to map the first cluster.
+    Busy,
     Allocate(Arc<PendingAllocation>, Run, Cow),
 }
 
 /// What to write: the part of the request, and what comes before and after it in its clusters.
-struct Cow {
-    len: u64,
+pub(crate) struct Cow {
+    pub(crate) len: u64,
     head: Edge,
     tail: Edge,
 }
@@ -109,32 +120,15 @@ impl Qcow2 {
         at: GuestOffset,
         data: IoVec<'_>,
     ) -> Result<u64> {
-        let (pending, run, cow) = match self.plan(co, graph, at, data.len() as u64)? {
-            Plan::Overwrite => return Ok(0),
+        let plan = self.plan(co, graph, at, data.len() as u64, Wait::Allowed)?;
+        let (pending, run, cow) = match plan {
+            Plan::Overwrite | Plan::Busy => return Ok(0),
             Plan::Allocate(pending, run, cow) => (pending, run, cow),
         };
         let written =
             self.write_clusters(co, graph, run, at, data.slice(0, in_memory(cow.len)), &cow);
 
-        let mut meta = self.meta.lock(co);
-        let result = match written {
-            Ok(()) => self.enter_clusters(co, graph, &mut meta, &pending, run),
-            Err(error) => Err(error),
-        };
-        let result = match result {
-            Ok(()) => Ok(cow.len),
-            Err(error) => {
-                // Never mapped, so free at once; what cannot be given back is a leak.
-                if let Err(e) = self.release(co, graph, &mut meta, run) {
-                    log::warn!("leaked clusters of a failed write: {e}");
-                }
-                Err(error)
-            }
-        };
-        meta.pending.retain(|other| !Arc::ptr_eq(other, &pending));
-        drop(meta);
-        pending.waiters.wake_all();
-        match result {
+        match self.settle(co, graph, &pending, run, written.map(|()| true)) {
             Err(error) if error.kind() == ErrorKind::NoSpace && self.has_freed() => {
                 // Freed clusters may serve, once their unmapping is durable. (Hazard Q13.)
                 self.write_back(co, graph, true, Counts::MayLag)?;
@@ -146,12 +140,48 @@ impl Qcow2 {
                     Err(error)
                 }
             }
-            result => result,
+            result => result.map(|_| cow.len),
         }
     }
 
+    /// Third step: maps the clusters that were `written`, gives them back where they were not, and takes the pending
+    /// allocation off. Tells whether they are mapped.
+    pub(crate) fn settle(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        pending: &Arc<PendingAllocation>,
+        run: Run,
+        written: Result<bool>,
+    ) -> Result<bool> {
+        let mut meta = self.meta.lock(co);
+        let result = match written {
+            Ok(true) => self
+                .enter_clusters(co, graph, &mut meta, pending, run)
+                .map(|()| true),
+            other => other,
+        };
+        if !matches!(result, Ok(true)) {
+            // Never mapped, so free at once; what cannot be given back is a leak.
+            if let Err(e) = self.release(co, graph, &mut meta, run) {
+                log::warn!("leaked clusters of a write that failed: {e}");
+            }
+        }
+        meta.pending.retain(|other| !Arc::ptr_eq(other, pending));
+        drop(meta);
+        pending.waiters.wake_all();
+        result
+    }
+
     /// First step: dependencies, allocation, publication.
-    fn plan(&self, co: &Co, graph: &GraphRead<'_>, at: GuestOffset, len: u64) -> Result<Plan> {
+    pub(crate) fn plan(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        len: u64,
+        wait: Wait,
+    ) -> Result<Plan> {
         loop {
             let mut meta = self.meta.lock(co);
             self.check_intact()?;
@@ -169,6 +199,9 @@ impl Qcow2 {
                 last = GuestCluster(other.first.0 - 1);
             }
             if let Some(other) = blocker {
+                if wait == Wait::Never {
+                    return Ok(Plan::Busy);
+                }
                 self.counters.dependency_waits.fetch_add(1, Relaxed);
                 other.wait(co, meta);
                 continue;
@@ -330,7 +363,7 @@ impl Qcow2 {
         }
     }
 
-    /// Third step, under the mutex: the L2 entries of the new clusters.
+    /// The L2 entries of the new clusters.
     fn enter_clusters(
         &self,
         co: &Co,

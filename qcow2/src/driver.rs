@@ -15,8 +15,8 @@ use std::sync::atomic::Ordering::Acquire;
 use coblock_aio::{AlignedBuf, IoVec, IoVecMut};
 use coblock_block::types::in_memory;
 use coblock_block::{
-    Child, ChildRole, Driver, DriverStatus, GraphRead, Limits, Precision, RequestFlags,
-    RequestKind, Result,
+    Child, ChildRole, Copied, CopySource, CopyTarget, Driver, DriverStatus, GraphRead, Limits,
+    Precision, RequestFlags, RequestKind, Result,
 };
 use coblock_coroutine::Co;
 
@@ -31,7 +31,7 @@ use crate::zero::Empty;
 impl Qcow2 {
     /// Before guest data goes to `host` in place: refuses if a table is there. (Hazard O14.)
     #[inline]
-    fn check_no_table(
+    pub(crate) fn check_no_table(
         &self,
         co: &Co,
         graph: &GraphRead<'_>,
@@ -75,7 +75,7 @@ impl Qcow2 {
     /// Brings the L2 entry of `at` into the cache, if there is one. Call it with nothing in flight: it
     /// suspends, and another look-up must follow.
     #[cold]
-    fn load_l2(&self, co: &Co, graph: &GraphRead<'_>, at: GuestOffset) -> Result<()> {
+    pub(crate) fn load_l2(&self, co: &Co, graph: &GraphRead<'_>, at: GuestOffset) -> Result<()> {
         self.pin_l2(co, graph, at).map(drop)
     }
 
@@ -258,6 +258,34 @@ impl Driver for Qcow2 {
     fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
         let _turn = self.turn(co);
         self.empty_clusters(co, graph, GuestOffset(offset), len, Empty::Discard)
+    }
+
+    fn copy_range_from(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        to: &CopyTarget<'_>,
+    ) -> Result<Copied> {
+        let _turn = self.turn(co);
+        self.copy_extent_from(co, graph, GuestOffset(offset), len, to)
+    }
+
+    fn copy_range_to(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        source: CopySource<'_>,
+    ) -> Result<u64> {
+        // Waiting for a turn could be waiting for who waits for the source.
+        let _turn = match self.try_turn(co) {
+            Some(turn) => turn,
+            None => return Ok(0),
+        };
+        self.check_intact()?;
+        self.copy_extent_to(co, graph, GuestOffset(offset), source)
     }
 
     fn block_status<'g>(

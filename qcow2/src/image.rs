@@ -267,6 +267,18 @@ impl Qcow2 {
         self.turns.as_ref().map(|turns| turns.lock(co))
     }
 
+    /// The same without waiting: nothing where somebody else is at it.
+    #[expect(
+        clippy::option_option,
+        reason = "no turn is needed in mutex mode, which is not the same as none to be had"
+    )]
+    pub(crate) fn try_turn(&self, co: &Co) -> Option<Option<CoMutexGuard<'_, ()>>> {
+        match &self.turns {
+            None => Some(None),
+            Some(turns) => turns.try_lock(co).map(Some),
+        }
+    }
+
     /// The header as it was when the image was opened.
     #[must_use]
     pub fn header(&self) -> &Header {

@@ -28,6 +28,7 @@
 //! | [`mod@format`] | opening an image |
 //! | `driver` | what it does for its node: read, write, flush |
 //! | `resize` | changing the size of the disk |
+//! | `copy` | copies by the host, from and to an image |
 //! | `cow`, `zero` | writes, zeroes and discards that change the mapping |
 //! | `status` | what the bytes of the guest's disk are, without reading them |
 //! | `header_bits` | the dirty and the corrupt bit |
@@ -50,6 +51,7 @@ pub mod bitmap;
 mod cache;
 pub mod check;
 mod compress;
+mod copy;
 mod cow;
 pub mod create;
 mod driver;

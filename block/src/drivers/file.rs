@@ -15,17 +15,22 @@ mod probe;
 use crate::driver::{Driver, DriverStatus, OpenDriver, Place, Precision};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphRead;
+use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
-use crate::types::{FileId, Limits, RequestFlags, bytes};
+use crate::types::{FileId, Limits, RequestFlags, bytes, in_memory};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use probe::{Alignment, Found};
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Bytes that one call of the host copies: it holds a thread of the pool meanwhile.
+const COPY_MAX: u64 = 16 << 20;
 
 /// Registered as `file`.
 #[derive(Debug)]
@@ -83,6 +88,7 @@ impl OpenDriver for OpenFile {
             len: AtomicU64::new(found.len),
             locked: locking,
             cached: !wanted.direct,
+            copies: AtomicBool::new(true),
             filename,
             found,
             alignment,
@@ -158,6 +164,8 @@ struct HostFile {
     locked: bool,
     /// Reads go through the page cache: one that is alone may be served from there by the loop.
     cached: bool,
+    /// The host copies to this file, as far as is known.
+    copies: AtomicBool,
     /// Length in bytes, raised by writes past it.
     len: AtomicU64,
 }
@@ -247,6 +255,52 @@ impl Driver for HostFile {
     fn pdiscard(&self, co: &Co, _graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
         coblock_aio::co::discard(co, self.file.as_fd(), offset, len)
             .map_err(|error| self.failed("discard", offset, error))
+    }
+
+    fn copy_range_from(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        to: &CopyTarget<'_>,
+    ) -> Result<Copied> {
+        if self.found.is_block_device {
+            return Ok(Copied::No);
+        }
+        let file = self.file.as_fd();
+        to.take(co, graph, CopySource { file, offset, len })
+    }
+
+    fn copy_range_to(
+        &self,
+        co: &Co,
+        _graph: &GraphRead<'_>,
+        offset: u64,
+        source: CopySource<'_>,
+    ) -> Result<u64> {
+        if self.found.is_block_device || !self.copies.load(Ordering::Relaxed) {
+            return Ok(0);
+        }
+        let len = in_memory(source.len.min(COPY_MAX));
+        let (mut from, mut to) = (source.offset, offset);
+        let copied = coblock_aio::co::on_pool(co, || {
+            let (from, to) = (Some(&mut from), Some(&mut to));
+            rustix::fs::copy_file_range(source.file, from, &self.file, to, len)
+        });
+        match copied {
+            Ok(copied) => {
+                self.grew_to(offset + bytes(copied));
+                Ok(bytes(copied))
+            }
+            Err(Errno::XDEV | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                self.copies.store(false, Ordering::Relaxed);
+                Ok(0)
+            }
+            // This range or these two files, not any.
+            Err(Errno::INVAL | Errno::BADF | Errno::TXTBSY | Errno::PERM) => Ok(0),
+            Err(errno) => Err(self.failed("copy", offset, errno.into())),
+        }
     }
 
     fn flush(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<()> {

@@ -7,6 +7,7 @@ use crate::child::Child;
 use crate::driver::{Driver, DriverStatus, OpenDriver, Precision};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{GraphCell, GraphRead};
+use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::types::{ChildRole, Limits, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
@@ -122,6 +123,31 @@ impl Driver for Raw {
         self.file
             .get(graph)
             .pdiscard(co, graph, self.below(offset), len)
+    }
+
+    fn copy_range_from(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        to: &CopyTarget<'_>,
+    ) -> Result<Copied> {
+        self.file
+            .get(graph)
+            .copy_range_from(co, graph, self.below(offset), len, to)
+    }
+
+    fn copy_range_to(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        source: CopySource<'_>,
+    ) -> Result<u64> {
+        self.file
+            .get(graph)
+            .copy_range_to(co, graph, self.below(offset), source)
     }
 
     fn block_status<'g>(
