@@ -249,7 +249,7 @@ fn drivers_without_storage() {
         (
             "neither data nor zeros",
             &[][..],
-            (M, false, false, false, true, Some(0)),
+            (M, false, false, false, true, None),
         ),
         (
             "zeros",

@@ -12,6 +12,8 @@ pub struct Pairs {
     pairs: Vec<(String, String)>,
     /// Words that were given as switches, with what they were taken for: the reference warns about them.
     pub switches: Vec<(String, String)>,
+    /// Keys whose value is JSON's `null`: nothing is there, on purpose.
+    pub nulls: Vec<String>,
 }
 
 impl Pairs {
@@ -63,7 +65,7 @@ impl Pairs {
         for nested in [false, true] {
             for (key, member) in members {
                 if matches!(member, Json::Object(_) | Json::List(_)) == nested {
-                    flatten(&mut out.pairs, key, member);
+                    flatten(&mut out, key, member);
                 }
             }
         }
@@ -124,25 +126,30 @@ fn take_value(text: &str) -> (String, &str) {
     }
 }
 
-fn flatten(pairs: &mut Vec<(String, String)>, key: &str, value: &Json) {
-    match value {
+fn flatten(out: &mut Pairs, key: &str, value: &Json) {
+    let text = match value {
         Json::Object(members) => {
             for (name, member) in members {
-                flatten(pairs, &format!("{key}.{name}"), member);
+                flatten(out, &format!("{key}.{name}"), member);
             }
+            return;
         }
         Json::List(items) => {
             for (index, item) in items.iter().enumerate() {
-                flatten(pairs, &format!("{key}.{index}"), item);
+                flatten(out, &format!("{key}.{index}"), item);
             }
+            return;
         }
-        Json::Text(text) => pairs.push((key.to_owned(), text.clone())),
-        Json::Bool(on) => pairs.push((key.to_owned(), if *on { "on" } else { "off" }.into())),
+        Json::Text(text) => text.clone(),
+        Json::Bool(on) => if *on { "on" } else { "off" }.into(),
         // Names are strings: a number in place of one is as if nothing had been given.
-        Json::Number(_) if key == "driver" || key == "filename" || key.ends_with(".filename") => {}
-        Json::Number(spelled) => pairs.push((key.to_owned(), spelled.clone())),
-        Json::Null => {}
-    }
+        Json::Number(_) if key == "driver" || key == "filename" || key.ends_with(".filename") => {
+            return;
+        }
+        Json::Number(spelled) => spelled.clone(),
+        Json::Null => return out.nulls.push(key.to_owned()),
+    };
+    out.pairs.push((key.to_owned(), text));
 }
 
 /// True when an `-o` string can be joined to others by commas: not empty, and no single comma at either end.

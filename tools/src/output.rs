@@ -8,6 +8,9 @@ use std::ffi::OsStr;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
 
+/// Results are collected up to so many bytes, as by the C library.
+const COLLECTED_MAX: usize = 4096;
+
 /// Status when something failed.
 pub const FAILURE: u8 = 1;
 
@@ -44,16 +47,13 @@ impl Output {
     /// Collects one line of results, which may repeat file names that are no text.
     pub fn line(&mut self, line: impl AsRef<[u8]>) {
         self.collected.extend_from_slice(line.as_ref());
-        self.collected.push(b'\n');
-        if self.immediate {
-            self.flush();
-        }
+        self.text("\n");
     }
 
     /// Collects results that are no whole line, or many.
     pub fn text(&mut self, text: impl AsRef<[u8]>) {
         self.collected.extend_from_slice(text.as_ref());
-        if self.immediate {
+        if self.immediate || self.collected.len() >= COLLECTED_MAX {
             self.flush();
         }
     }

@@ -108,6 +108,8 @@ pub struct ImageSpec {
     pub keys: Pairs,
     /// The format was guessed from the first bytes.
     pub probed: bool,
+    /// No backing file was asked for by an empty name; the reference warns about that.
+    pub empty_backing: bool,
 }
 
 /// How to read the user's words.
@@ -159,6 +161,16 @@ impl ImageSpec {
                 format!("Cannot find device='{reference}' nor node-name='{reference}'")
             });
         }
+        let empty_backing = keys.get("backing") == Some("");
+        if let Some(reference) = keys.get("backing").filter(|name| !name.is_empty()) {
+            return Err(format!(
+                "Could not open backing file: \
+                 Cannot find device='{reference}' nor node-name='{reference}'"
+            ));
+        }
+        if keys.nulls.iter().any(|key| key == "backing") {
+            keys.set("backing", "");
+        }
         if keys.get("driver").is_none() && !keys.any_under("file.") {
             return Err("Must specify either driver or file".into());
         }
@@ -179,19 +191,16 @@ impl ImageSpec {
         {
             return Err("Parameter 'read-only' expects 'on' or 'off'".into());
         }
-        let mut probed = false;
-        if keys.get("driver").is_none() {
-            let path = keys
-                .get("file.filename")
-                .filter(|_| keys.get("file.driver") == Some("file"));
-            let format = path.map_or("raw", |path| probe(Path::new(path)));
-            keys.set("driver", format);
-            probed = true;
+        let probed = keys.get("driver").is_none();
+        if probed {
+            keys.set("driver", probe_file(&keys, ""));
         }
+        complete_backing(&mut keys);
         Ok(Self {
             shown: shown.to_owned(),
             keys,
             probed,
+            empty_backing,
         })
     }
 
@@ -205,6 +214,7 @@ impl ImageSpec {
             shown: path.to_owned(),
             keys,
             probed: false,
+            empty_backing: false,
         }
     }
 
@@ -257,6 +267,28 @@ impl ImageSpec {
     /// "Could not open ...", for a message.
     pub fn could_not_open(&self, error: &block::Error) -> String {
         could_not_open(&self.shown, &explain(error))
+    }
+}
+
+/// The format of the file whose options begin with `prefix`.
+fn probe_file(keys: &Pairs, prefix: &str) -> &'static str {
+    let get = |key: &str| keys.get(&format!("{prefix}{key}"));
+    let path = get("file.filename").filter(|_| get("file.driver") == Some("file"));
+    path.map_or("raw", |path| probe(Path::new(path)))
+}
+
+/// Backing files that are given by options: a file name without a driver is a file's, and its format is guessed.
+fn complete_backing(keys: &mut Pairs) {
+    let mut prefix = "backing.".to_owned();
+    while keys.any_under(&format!("{prefix}file.")) {
+        let key = |name: &str| format!("{prefix}{name}");
+        if keys.get(&key("file.driver")).is_none() && keys.get(&key("file.filename")).is_some() {
+            keys.set(&key("file.driver"), "file");
+        }
+        if keys.get(&key("driver")).is_none() {
+            keys.set(&key("driver"), probe_file(keys, &prefix));
+        }
+        prefix.push_str("backing.");
     }
 }
 

@@ -103,12 +103,11 @@ impl Driver for Null {
         len: u64,
         _precision: Precision,
     ) -> Result<DriverStatus<'g>> {
-        let status = if self.read_zeroes {
-            DriverStatus::zero(len)
+        Ok(if self.read_zeroes {
+            DriverStatus::zero(len).placed(Place::Here(offset))
         } else {
             DriverStatus::unallocated(len)
-        };
-        Ok(status.placed(Place::Here(offset)))
+        })
     }
 
     /// Nothing is kept.

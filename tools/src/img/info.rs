@@ -13,6 +13,7 @@ use coblock::coroutine::Co;
 use coblock::qcow2::image_file::ImageFile;
 use coblock::qcow2::info::Info as Qcow2Info;
 
+use super::disk::whole_sectors;
 use super::info_print::{FileInfo, Info};
 use super::{Call, Command, Failure, Format, luks, one_image, text};
 use crate::explain::{explain, qcow2_error};
@@ -178,7 +179,7 @@ fn one(co: &Co, session: &Session, spec: &ImageSpec, access: Access) -> Result<I
     let mut info = Info {
         filename: shown_filename(spec),
         format: spec.driver().to_owned(),
-        virtual_size: round_up(virtual_size.unwrap_or(0)),
+        virtual_size: whole_sectors(virtual_size.unwrap_or(0), spec.driver()),
         file: None,
         qcow2: None,
         encrypt: None,
@@ -202,7 +203,7 @@ fn one(co: &Co, session: &Session, spec: &ImageSpec, access: Access) -> Result<I
     if let Some(found) = qcow2 {
         let (found, encrypt) = found.map_err(|error| failed(&explain(&error)))?;
         info.encrypt = encrypt;
-        info.virtual_size = found.virtual_size;
+        info.virtual_size = whole_sectors(found.virtual_size, "qcow2");
         info.qcow2 = Some(found);
     }
     closed.map_err(|error| failed(&explain(&error)))?;
@@ -284,7 +285,7 @@ fn file_info(keys: &Pairs, file: &BlockBackend) -> FileInfo {
     FileInfo {
         filename: child_filename(keys),
         protocol,
-        len: round_up(file.len()),
+        len: whole_sectors(file.len(), protocol),
         actual: actual_size(filename),
     }
 }
@@ -306,9 +307,4 @@ fn child_filename(keys: &Pairs) -> String {
             format!("json:{}", options.compact())
         }
     }
-}
-
-/// Disks are whole sectors.
-fn round_up(len: u64) -> u64 {
-    len.checked_next_multiple_of(512).unwrap_or(len)
 }

@@ -4,11 +4,15 @@
 
 mod bench;
 mod check;
+mod compare;
 mod create;
 mod create_options;
+mod disk;
 mod info;
 mod info_print;
 mod luks;
+mod map;
+mod progress;
 
 pub use create::make_image;
 pub use info_print::specific_lines;
@@ -29,17 +33,18 @@ struct Command {
     run: fn(&mut Call<'_>) -> Result<u8, Failure>,
 }
 
-const COMMANDS: [Command; 4] = [
+const COMMANDS: [Command; 6] = [
     bench::COMMAND,
     check::COMMAND,
+    compare::COMMAND,
     create::COMMAND,
     info::COMMAND,
+    map::COMMAND,
 ];
 
 /// Commands of the reference that we do not have; calling one is told apart from a typing error.
-const ABSENT: [&str; 11] = [
-    "amend", "bitmap", "commit", "compare", "convert", "dd", "map", "measure", "rebase", "resize",
-    "snapshot",
+const ABSENT: [&str; 9] = [
+    "amend", "bitmap", "commit", "convert", "dd", "measure", "rebase", "resize", "snapshot",
 ];
 
 /// One call of a command.
@@ -270,6 +275,11 @@ fn image_spec(call: &Call<'_>, image: &OsStr, naming: Naming<'_>) -> Result<Imag
         let pairs = crate::image_opts::Pairs::parse(&image.to_string_lossy(), Some("file"));
         standard::warn_switches(&pairs, call.out);
     }
-    ImageSpec::new(image, naming)
-        .map_err(|why| could_not_open(&image.to_string_lossy(), &why).into())
+    let spec = ImageSpec::new(image, naming)
+        .map_err(|why| could_not_open(&image.to_string_lossy(), &why))?;
+    if spec.empty_backing {
+        let instead = "Use of \"backing\": \"\" is deprecated; use \"backing\": null instead";
+        call.out.warning(instead);
+    }
+    Ok(spec)
 }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub mod extents;
+
 use std::fmt;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -82,6 +84,45 @@ impl Programs {
         Some(Self { images, root })
     }
 
+    /// With the images that `make` puts into the folder called `name`, once for all tests of this process; `None`, said
+    /// aloud, without the reference.
+    pub fn with_images(name: &str, make: fn(&Path)) -> Option<Self> {
+        static IMAGES: OnceLock<PathBuf> = OnceLock::new();
+        if !have(REFERENCE) {
+            eprintln!("SKIPPED: {REFERENCE} is not installed");
+            return None;
+        }
+        let images = IMAGES.get_or_init(|| {
+            let images = new_folder(name);
+            make(&images);
+            images
+        });
+        let root = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        symlink(env!("CARGO_BIN_EXE_coblock"), root.path().join(OUR_NAME)).unwrap();
+        let images = images.clone();
+        Some(Self { images, root })
+    }
+
+    /// Runs every line through both programs and lists the lines that differ, by `differ`.
+    pub fn compare(&self, lines: &[String], differ: impl Fn(&Result_, &Result_) -> bool) {
+        let mut wrong = Vec::new();
+        for line in lines {
+            let (theirs, ours) = (self.reference(line), self.ours(line));
+            if differ(&theirs, &ours) {
+                wrong.push(format!(
+                    "== {line}\n-- reference\n{theirs}\n-- ours\n{ours}"
+                ));
+            }
+        }
+        assert!(
+            wrong.is_empty(),
+            "{} of {} differ\n{}",
+            wrong.len(),
+            lines.len(),
+            wrong.join("\n")
+        );
+    }
+
     /// The images; for a command that writes, a new folder with copies of them, holes kept.
     fn folder(&self, line: &str) -> PathBuf {
         if !line.contains("create") && !line.contains("bench") {
@@ -154,17 +195,24 @@ fn make_images(fixtures: &[&str]) -> Option<PathBuf> {
     if !have(REFERENCE) {
         return None;
     }
-    let images = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images");
-    if images.exists() {
-        fs::remove_dir_all(&images).unwrap();
-    }
-    fs::create_dir_all(images.join("sub")).unwrap();
+    let images = new_folder("images");
+    fs::create_dir(images.join("sub")).unwrap();
     for line in fixtures {
         let made = run(REFERENCE, &words(line), &images);
         assert_eq!(made.status, Some(0), "{line}: {made}");
     }
     odd_images(&images);
     Some(images)
+}
+
+/// An empty folder that is there until the next run.
+fn new_folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    if folder.exists() {
+        fs::remove_dir_all(&folder).unwrap();
+    }
+    fs::create_dir_all(&folder).unwrap();
+    folder
 }
 
 fn run(program: &str, words: &[String], folder: &Path) -> Result_ {
@@ -179,6 +227,13 @@ fn run(program: &str, words: &[String], folder: &Path) -> Result_ {
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         status: output.status.code(),
     }
+}
+
+/// Runs a program of the reference, which must succeed.
+fn reference_must(line: &str, folder: &Path) {
+    let words = words(line);
+    let made = run(&words[0], &words[1..], folder);
+    assert_eq!(made.status, Some(0), "{line}: {made}");
 }
 
 /// Hides how long a run took.
