@@ -15,7 +15,7 @@ Usage: cargo xtask TASK
 
   ci [STEP...]     what CI runs: .ci/run
   graph [--all]    who uses whom, crate by crate (--all: dependencies from outside too)
-  bench [OPTIONS]  `coblock img bench` against `qemu-img bench`, interleaved; --help lists the options
+  bench [OPTIONS]  ours beside qemu-img bench, other implementations and the floor; --help lists the options
 ";
 
 /// What a task returns: an error is printed as it is, and the exit status is 1.

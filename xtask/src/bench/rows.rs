@@ -1,0 +1,348 @@
+//! What is measured: the rows, the images that they need, and the goals.
+//!
+//! Every row sends requests of 4 KiB. The offsets go round the image in strides of an odd number of
+//! units near the golden section, so every unit is visited once before any is visited twice, and
+//! neighbours in time are far apart in space.
+
+/// Bytes of one request.
+pub const REQUEST: u64 = 4096;
+/// Bytes of one cluster, in all images.
+pub const CLUSTER: u64 = 65536;
+/// qemu-img 10.0.2 recurses once for each cached read that completes at once, and at depth 1
+/// overflows its stack somewhere below 200 000 of them.
+pub const QEMU_MOST_CACHED_AT_DEPTH_1: u64 = 100_000;
+
+/// One line of the table.
+pub struct Row {
+    pub name: &'static str,
+    pub image: Image,
+    pub write: bool,
+    /// With O_DIRECT instead of the page cache.
+    pub direct: bool,
+    pub depth: u64,
+    /// Requests in one run, before `--scale`.
+    pub count: u64,
+    pub goals: &'static [Goal],
+    /// One of the eight cells that `--quick` measures.
+    pub cell: bool,
+}
+
+/// What a row reads from or writes to.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Image {
+    /// Fully allocated and only read.
+    Full,
+    /// A copy of it for each program, written to again and again.
+    Own,
+    /// A new image for each run, empty; every request allocates a cluster.
+    Fresh,
+    /// As `Fresh`, in memory.
+    FreshInMemory,
+    /// Three layers with a third of the clusters each.
+    Chain,
+    /// As many clusters as `Full` has, spread evenly over so many GiB.
+    Sparse(u64),
+}
+
+/// What our program has to reach, as ratios within one round.
+pub enum Goal {
+    /// CPU at most so many times the floor's.
+    CpuToFloor(f64),
+    /// CPU at most so many times QEMU's.
+    CpuToQemu(f64),
+    /// CPU at most the least of the other implementations.
+    CpuToBest,
+    /// Requests per second at least so many times the floor's.
+    RateToFloor(f64),
+    /// Requests per second at least QEMU's.
+    RateToQemu,
+    /// Requests per second at least the most of the other implementations.
+    RateToBest,
+    /// Resident set at most so many MiB.
+    ResidentMib(f64),
+    /// The ratio of CPU to the floor's is at most 1.1 times what it is in the named row.
+    GrowsAsFloor(&'static str),
+}
+
+/// The rows, those with a target first.
+pub const ROWS: [Row; 12] = [
+    Row {
+        name: "read cached d32",
+        image: Image::Full,
+        write: false,
+        direct: false,
+        depth: 32,
+        count: 400_000,
+        goals: &[
+            Goal::CpuToFloor(1.25),
+            Goal::CpuToQemu(0.55),
+            Goal::RateToBest,
+        ],
+        cell: true,
+    },
+    Row {
+        name: "read cached d1",
+        image: Image::Full,
+        write: false,
+        direct: false,
+        depth: 1,
+        count: 300_000,
+        goals: &[
+            Goal::CpuToFloor(1.1),
+            Goal::CpuToQemu(0.9),
+            Goal::RateToBest,
+        ],
+        cell: true,
+    },
+    Row {
+        name: "read direct d32",
+        image: Image::Full,
+        write: false,
+        direct: true,
+        depth: 32,
+        count: 100_000,
+        goals: &[
+            Goal::CpuToFloor(1.15),
+            Goal::RateToFloor(0.95),
+            Goal::CpuToQemu(0.9),
+            Goal::RateToBest,
+        ],
+        cell: true,
+    },
+    Row {
+        name: "write direct d32",
+        image: Image::Own,
+        write: true,
+        direct: true,
+        depth: 32,
+        count: 100_000,
+        goals: &[
+            Goal::CpuToFloor(1.15),
+            Goal::CpuToQemu(0.9),
+            Goal::RateToBest,
+        ],
+        cell: true,
+    },
+    Row {
+        name: "allocate direct d32",
+        image: Image::Fresh,
+        write: true,
+        direct: true,
+        depth: 32,
+        count: 16_384,
+        goals: &[Goal::CpuToQemu(0.2), Goal::RateToBest],
+        cell: false,
+    },
+    Row {
+        name: "allocate tmpfs d32",
+        image: Image::FreshInMemory,
+        write: true,
+        direct: false,
+        depth: 32,
+        count: 16_384,
+        goals: &[Goal::CpuToQemu(0.1), Goal::CpuToBest, Goal::RateToBest],
+        cell: false,
+    },
+    Row {
+        name: "chain direct d32",
+        image: Image::Chain,
+        write: false,
+        direct: true,
+        depth: 32,
+        count: 100_000,
+        // 0.35 s for 100 000 requests where the floor of a plain direct read costs 0.236.
+        goals: &[Goal::CpuToFloor(1.48), Goal::RateToBest],
+        cell: false,
+    },
+    Row {
+        name: "sparse direct d32",
+        image: Image::Sparse(1024),
+        write: false,
+        direct: true,
+        depth: 32,
+        count: 50_000,
+        // 0.5 s for 100 000 requests where this row's floor costs 0.254.
+        goals: &[
+            Goal::CpuToFloor(1.97),
+            Goal::ResidentMib(40.0),
+            Goal::RateToBest,
+        ],
+        cell: false,
+    },
+    Row {
+        name: "read direct d1",
+        image: Image::Full,
+        write: false,
+        direct: true,
+        depth: 1,
+        count: 20_000,
+        goals: &[Goal::CpuToQemu(0.9), Goal::RateToQemu],
+        cell: true,
+    },
+    Row {
+        name: "write direct d1",
+        image: Image::Own,
+        write: true,
+        direct: true,
+        depth: 1,
+        count: 20_000,
+        goals: &[Goal::CpuToQemu(0.9), Goal::RateToQemu],
+        cell: true,
+    },
+    Row {
+        name: "write cached d32",
+        image: Image::Own,
+        write: true,
+        direct: false,
+        depth: 32,
+        count: 100_000,
+        goals: &[Goal::CpuToQemu(0.9), Goal::RateToQemu],
+        cell: true,
+    },
+    Row {
+        name: "write cached d1",
+        image: Image::Own,
+        write: true,
+        direct: false,
+        depth: 1,
+        count: 50_000,
+        goals: &[Goal::CpuToQemu(0.9), Goal::RateToQemu],
+        cell: true,
+    },
+];
+
+/// What `--sweep` measures: the size of the image, then the number of requests in flight.
+pub const SWEEP: [Row; 11] = [
+    sized("size 1 GiB", 1),
+    sized("size 16 GiB", 16),
+    sized("size 64 GiB", 64),
+    sized("size 256 GiB", 256),
+    sized("size 1 TiB", 1024),
+    // First the one that the others are compared with.
+    deep("depth 32", 32),
+    deep("depth 1", 1),
+    deep("depth 8", 8),
+    deep("depth 128", 128),
+    deep("depth 1024", 1024),
+    deep("depth 10000", 10_000),
+];
+
+const fn sized(name: &'static str, gib: u64) -> Row {
+    Row {
+        name,
+        image: Image::Sparse(gib),
+        write: false,
+        direct: false,
+        depth: 32,
+        count: 200_000,
+        goals: &[Goal::GrowsAsFloor("size 1 GiB")],
+        cell: false,
+    }
+}
+
+const fn deep(name: &'static str, depth: u64) -> Row {
+    Row {
+        name,
+        image: Image::Full,
+        write: false,
+        direct: false,
+        depth,
+        count: 200_000,
+        goals: &[Goal::GrowsAsFloor("depth 32")],
+        cell: false,
+    }
+}
+
+impl Row {
+    /// Whether every request takes a new cluster.
+    pub fn allocates(&self) -> bool {
+        matches!(self.image, Image::Fresh | Image::FreshInMemory)
+    }
+
+    /// Whether this is a point of a sweep.
+    pub fn is_sweep(&self) -> bool {
+        SWEEP.iter().any(|row| row.name == self.name)
+    }
+
+    /// Requests of one run. At least as many as are in flight; where each allocates, at most as
+    /// many as the image has clusters.
+    pub fn requests(&self, scale: f64) -> u64 {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "a positive count far below 2^53"
+        )]
+        let scaled = (self.count as f64 * scale) as u64;
+        let most = if self.allocates() {
+            FRESH_CLUSTERS
+        } else {
+            u64::MAX
+        };
+        scaled.max(self.depth).min(most)
+    }
+
+    /// First offset, and bytes from one request to the next, where `--size` is `size` bytes.
+    pub fn sequence(&self, size: u64) -> (u64, u64) {
+        match self.image {
+            Image::Full | Image::Own | Image::Chain => (0, stride(REQUEST, size / REQUEST)),
+            // Not at the beginning of its cluster: there is something to fill on both sides.
+            Image::Fresh | Image::FreshInMemory => (5 * REQUEST, stride(CLUSTER, FRESH_CLUSTERS)),
+            Image::Sparse(gib) => {
+                let clusters = size / CLUSTER;
+                (0, stride((gib << 30) / clusters, clusters))
+            }
+        }
+    }
+}
+
+/// Clusters of a fresh image: twice as many as the rows write, so that tables stay half empty.
+pub const FRESH_CLUSTERS: u64 = 32_768;
+
+/// An odd number of units near the golden section of the image. qemu-img takes at most 2^31 - 1.
+fn stride(unit: u64, units: u64) -> u64 {
+    let odd = |n: u64| if n.is_multiple_of(2) { n.max(2) - 1 } else { n };
+    odd((units * 618 / 1000).min(((1 << 31) - 1) / unit)) * unit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every unit is visited before any is visited twice: else a row would measure a part of its
+    /// image, or write to a cluster that it has allocated already.
+    #[test]
+    fn a_row_visits_all_of_its_image() {
+        const SIZE: u64 = 1 << 30;
+        for row in ROWS.iter().chain(&SWEEP) {
+            let (unit, units) = match row.image {
+                Image::Full | Image::Own | Image::Chain => (REQUEST, SIZE / REQUEST),
+                Image::Fresh | Image::FreshInMemory => (CLUSTER, FRESH_CLUSTERS),
+                Image::Sparse(gib) => ((gib << 30) / (SIZE / CLUSTER), SIZE / CLUSTER),
+            };
+            let (_, step) = row.sequence(SIZE);
+            assert!(step < 1 << 31, "{}: qemu-img refuses {step}", row.name);
+            let mut seen = vec![false; usize::try_from(units).unwrap()];
+            let mut at = 0;
+            for _ in 0..units {
+                let unit_number = usize::try_from(at / unit).unwrap();
+                assert!(!seen[unit_number], "{}: {at} twice", row.name);
+                seen[unit_number] = true;
+                at = (at + step) % (unit * units);
+            }
+        }
+    }
+
+    /// A row that others are compared with exists, and comes before them.
+    #[test]
+    fn growth_is_compared_with_an_earlier_row() {
+        for (index, row) in SWEEP.iter().enumerate() {
+            for goal in row.goals {
+                let Goal::GrowsAsFloor(base) = goal else {
+                    continue;
+                };
+                assert!(SWEEP[..=index].iter().any(|r| r.name == *base), "{base}");
+            }
+        }
+    }
+}
