@@ -4,7 +4,7 @@
 //! (the floor), once by coroutines of a home, a new one for each request. Rounds alternate, and only
 //! the ratio of one run means something.
 
-use coblock_aio::{ContextOptions, EngineKind, Home, co};
+use coblock_aio::{ContextOptions, EngineKind, Home, Medium, co};
 use io_uring::{IoUring, opcode, types::Fd};
 use std::cell::Cell;
 use std::fs::File;
@@ -92,7 +92,7 @@ fn start_next(run: &Rc<Run>, mut buf: Box<[u8; BLOCK]>) {
         let at = place(n) * BLOCK as u64;
         let target = (&mut *buf).into();
         let result = if run.cached {
-            co::read_cached(c, run.file.as_fd(), at, target)
+            co::read_from(c, run.file.as_fd(), Medium::PageCache, at, target)
         } else {
             co::read(c, run.file.as_fd(), at, target)
         };

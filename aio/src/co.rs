@@ -11,6 +11,7 @@ use crate::context::{AioContext, Arriving};
 use crate::current::{Live, current, with_core};
 use crate::engine;
 use crate::fd_handler::FdHandler;
+use crate::medium::Medium;
 use crate::sys::file::{self, allocate as mode};
 use crate::sys::pending::Pending;
 use crate::transfer::{Next, finish_read, finish_write};
@@ -39,16 +40,16 @@ pub fn read(co: &Co, fd: BorrowedFd<'_>, offset: u64, mut buf: IoVecMut<'_>) -> 
     }
 }
 
-/// The same as [`read`], for a descriptor that reads through the page cache (opened without
-/// `O_DIRECT`): when it is the only request of its context, the loop may read it itself from the
-/// cache, which is cheaper than the ring. It never waits for a device so.
+/// The same as [`read`], in the way that is best for what the descriptor reaches. Suspends, unless
+/// that is memory.
 ///
 /// # Errors
 /// As [`read`].
 #[inline(always)]
-pub fn read_cached(
+pub fn read_from(
     co: &Co,
     fd: BorrowedFd<'_>,
+    medium: Medium,
     offset: u64,
     mut buf: IoVecMut<'_>,
 ) -> io::Result<usize> {
@@ -56,7 +57,7 @@ pub fn read_cached(
     if len == 0 {
         return Ok(0);
     }
-    let result = engine::read_cached(co, fd, offset, &mut buf);
+    let result = engine::read_from(co, fd, medium, offset, &mut buf);
     match usize::try_from(result) {
         Ok(count) if count == len => Ok(len),
         _ => read_rest(co, fd, offset, buf, result),
@@ -100,6 +101,29 @@ pub fn write(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> io::Re
         return Ok(());
     }
     let result = engine::write(co, fd, offset, buf);
+    match usize::try_from(result) {
+        Ok(count) if count == buf.len() => Ok(()),
+        _ => write_rest(co, fd, offset, buf, result),
+    }
+}
+
+/// The same as [`write`](fn@write), in the way that is best for what the descriptor reaches.
+/// Suspends, unless that is memory.
+///
+/// # Errors
+/// As [`write`](fn@write).
+#[inline(always)]
+pub fn write_to(
+    co: &Co,
+    fd: BorrowedFd<'_>,
+    medium: Medium,
+    offset: u64,
+    buf: IoVec<'_>,
+) -> io::Result<()> {
+    if buf.is_empty() {
+        return Ok(());
+    }
+    let result = engine::write_to(co, fd, medium, offset, buf);
     match usize::try_from(result) {
         Ok(count) if count == buf.len() => Ok(()),
         _ => write_rest(co, fd, offset, buf, result),

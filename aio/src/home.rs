@@ -62,6 +62,8 @@ pub(crate) struct Core {
     pub engine: Engine,
     pub busy_poll: BusyPoll,
     trimmer: Trimmer,
+    /// Requests that the loop did itself, in a row (`engine::at_once`).
+    pub at_once: Cell<u32>,
     passes: Cell<u64>,
     /// Name and number of live coroutines; names that ended stay, with zero.
     pub live_names: RefCell<Vec<(&'static str, usize)>>,
@@ -100,6 +102,7 @@ impl Home {
             engine,
             busy_poll: BusyPoll::default(),
             trimmer: Trimmer::default(),
+            at_once: Cell::new(0),
             passes: Cell::new(0),
             live_names: RefCell::new(Vec::new()),
             foreign: OnceCell::new(),

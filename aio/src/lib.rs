@@ -30,6 +30,7 @@
 //! * `current`: which context a thread drives
 //! * `context`: what any thread may use
 //! * `thread_pool`, `busy_poll`, `trimmer`, `bottom_half`, `fd_handler`, `timer`: the parts of a loop
+//! * `medium`: what lies behind a descriptor, as far as it decides how a request goes
 //! * `monitor`: watching descriptors, with epoll or poll(2)
 //! * `clock`, `notifier`: time, real or virtual; an event
 //! * `notify`, `bh_state`, `waiters`: the protocols without locks, model-checked in `tests/models.rs`
@@ -55,6 +56,7 @@ mod engine;
 mod fd_handler;
 mod home;
 mod iothread;
+mod medium;
 mod monitor;
 #[allow(unsafe_code)] // An unsafe operation, apart from all others.
 mod r#move;
@@ -81,6 +83,7 @@ pub use current::{current, current_id};
 pub use fd_handler::FdHandler;
 pub use home::{Home, LoopStats, poll, spawn};
 pub use iothread::IoThread;
+pub use medium::Medium;
 pub use monitor::MonitorKind;
 pub use r#move::move_to;
 pub use notifier::EventNotifier;

@@ -3,7 +3,7 @@
 
 mod support;
 
-use coblock_aio::{AlignedBuf, Gather, Home, IoVec, Scatter, co};
+use coblock_aio::{AlignedBuf, Gather, Home, IoVec, Medium, Scatter, co};
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
@@ -128,7 +128,15 @@ fn errors_are_values() {
                 Some(libc::EINVAL),
                 "{engine}"
             );
-            let cached = |c: &_| co::read_cached(c, read_only.as_fd(), offset, (&mut byte).into());
+            let cached = |c: &_| {
+                co::read_from(
+                    c,
+                    read_only.as_fd(),
+                    Medium::PageCache,
+                    offset,
+                    (&mut byte).into(),
+                )
+            };
             assert_eq!(
                 home.run(cached).unwrap_err().raw_os_error(),
                 Some(libc::EINVAL)
@@ -338,7 +346,13 @@ fn cached_reads() {
                         }
                         let mut back = vec![0; 3000];
                         let at = n as u64 * 1990;
-                        let got = co::read_cached(c, file.as_fd(), at, (&mut back[..]).into());
+                        let got = co::read_from(
+                            c,
+                            file.as_fd(),
+                            Medium::PageCache,
+                            at,
+                            (&mut back[..]).into(),
+                        );
                         let want = &bytes[n * 1990..(n * 1990 + 3000).min(bytes.len())];
                         assert_eq!(got.unwrap(), want.len(), "{engine} {scratch:?}: {n}");
                         assert!(back[..want.len()] == *want, "{engine} {scratch:?}: {n}");
@@ -356,7 +370,8 @@ fn cached_reads() {
                         let at = n * 4000 + turn * 100;
                         let mut back = [0; 100];
                         let target = (&mut back).into();
-                        co::read_cached(c, file.as_fd(), at as u64, target).unwrap();
+                        co::read_from(c, file.as_fd(), Medium::PageCache, at as u64, target)
+                            .unwrap();
                         assert_eq!(back, bytes[at..at + 100]);
                     }
                     done.set(done.get() + 1);
@@ -390,7 +405,14 @@ fn lonely_cached_reads_do_not_enter_the_ring() {
         timer.arm_in(std::time::Duration::ZERO);
         let before = home.stats();
         for _ in 0..100 {
-            co::read_cached(c, file.as_fd(), 0, (&mut [1; 4096]).into()).unwrap();
+            co::read_from(
+                c,
+                file.as_fd(),
+                Medium::PageCache,
+                0,
+                (&mut [1; 4096]).into(),
+            )
+            .unwrap();
         }
         let after = home.stats();
         assert_eq!(

@@ -7,8 +7,10 @@
 //! ```text
 //!   co::read  ->  engine::read  --+--> uring::read     push an entry, suspend   (one enter a pass)
 //!                                 +--> on_pool         a closure on a thread, suspend
+//!                                 +--> at_once         the call itself, where the file is memory
 //! ```
 
+mod at_once;
 mod threads;
 #[allow(unsafe_code)] // The kernel is given addresses.
 pub(crate) mod uring;
@@ -17,9 +19,11 @@ use crate::buf::{IoVec, IoVecMut};
 use crate::context::{AioContext, ContextOptions, EngineKind};
 use crate::current::with_core;
 use crate::fd_handler::ReadyList;
+use crate::medium::Medium;
 use crate::monitor::Reported;
 use crate::notifier::EventNotifier;
 use crate::sys::event::Epoll;
+use at_once::at_once;
 use coblock_coroutine::Co;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -173,13 +177,31 @@ pub(crate) fn read(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: &mut IoVecMut<
     }
 }
 
-/// One attempt to read what may lie in the page cache.
+/// One attempt to read, as is best for what lies there.
 #[inline(always)]
-pub(crate) fn read_cached(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: &mut IoVecMut<'_>) -> i32 {
-    match uring::read_cached(co, fd, offset, buf) {
+pub(crate) fn read_from(
+    co: &Co,
+    fd: BorrowedFd<'_>,
+    medium: Medium,
+    offset: u64,
+    buf: &mut IoVecMut<'_>,
+) -> i32 {
+    let done = match medium {
+        Medium::Device => None,
+        Medium::PageCache => uring::read_cached(co, fd, offset, buf),
+        Medium::Memory => read_memory(co, fd, offset, buf),
+    };
+    match done {
         Some(result) => result,
-        None => read_on_threads(co, fd, offset, buf),
+        None => read(co, fd, offset, buf),
     }
+}
+
+#[inline(never)]
+fn read_memory(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: &mut IoVecMut<'_>) -> Option<i32> {
+    at_once(co, buf.len(), || {
+        crate::sys::file::read_at(fd, offset, buf.reborrow())
+    })
 }
 
 /// One attempt to read, on the pool whatever the engine.
@@ -201,6 +223,33 @@ pub(crate) fn write(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) ->
         Some(result) => result,
         None => write_on_threads(co, fd, offset, buf),
     }
+}
+
+/// One attempt to write, as is best for what lies there.
+#[inline(always)]
+pub(crate) fn write_to(
+    co: &Co,
+    fd: BorrowedFd<'_>,
+    medium: Medium,
+    offset: u64,
+    buf: IoVec<'_>,
+) -> i32 {
+    let done = match medium {
+        Medium::Device => None,
+        Medium::PageCache => uring::write_cached(co, fd, offset, buf),
+        Medium::Memory => write_memory(co, fd, offset, buf),
+    };
+    match done {
+        Some(result) => result,
+        None => write(co, fd, offset, buf),
+    }
+}
+
+#[inline(never)]
+fn write_memory(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> Option<i32> {
+    at_once(co, buf.len(), || {
+        crate::sys::file::write_at(fd, offset, buf)
+    })
 }
 
 /// One attempt to write, on the pool whatever the engine.

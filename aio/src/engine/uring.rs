@@ -24,7 +24,7 @@
 
 mod requests;
 
-pub(crate) use requests::{fallocate, poll, read, read_cached, sync, write};
+pub(crate) use requests::{fallocate, poll, read, read_cached, sync, write, write_cached};
 
 use super::{collect, tolerate_signal};
 use crate::buf::{IoVecMut, RawSegment};
@@ -35,13 +35,16 @@ use crate::notifier::EventNotifier;
 use crate::sys::event::Epoll;
 use crate::sys::file::read_at_nowait;
 use crate::sys::pending::Pending;
+use coblock_coroutine::IoWait;
 use io_uring::squeue::Entry;
-use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::types::{Fd, Timespec};
 use io_uring::{IoUring, opcode};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::ptr;
+use std::time::Duration;
 
 /// User data of the poll of the epoll set; no IoWait has this address.
 const WATCH: u64 = 0;
@@ -51,6 +54,28 @@ const MORE: u32 = 1 << 1;
 
 /// Completions that the queue holds at least.
 const COMPLETIONS: u32 = 4096;
+
+/// Bit of the user data of requests that a kernel worker does; the address has it free.
+const BY_WORKER: u64 = 1;
+const _: () = assert!(align_of::<IoWait>() > 1);
+
+/// From how many requests of workers in flight on the loop sleeps until two are done, or one and
+/// [`GATHER_US`] have passed: workers finish one by one, and waking the loop for each costs as much
+/// as the request. When the second one has woken it, some more are most often done.
+const GATHER_FROM: u32 = 8;
+const GATHER_COUNT: u32 = 2;
+/// Microseconds; how late a completion can be because of it.
+const GATHER_US: u32 = 20;
+
+/// `struct io_uring_getevents_arg` of linux/io_uring.h, with its newest field.
+#[repr(C)]
+struct WaitArgs {
+    sigmask: u64,
+    sigmask_size: u32,
+    /// Since Linux 6.12.
+    min_wait_us: u32,
+    timeout: *const Timespec,
+}
 
 /// Passes without another attempt after the loop could not serve a read itself: doubling from the
 /// first to the last.
@@ -108,6 +133,10 @@ pub(crate) struct Uring {
     /// Requests queued, and system calls made for them.
     requests: Cell<u64>,
     enters: Cell<u64>,
+    /// Of those in flight, how many a worker of the kernel does.
+    by_workers: Cell<u32>,
+    /// The kernel knows a least time of waiting.
+    has_min_wait: bool,
     /// Without it, a poll that does not wait cannot know whether it must enter the kernel.
     has_taskrun_flag: bool,
 }
@@ -157,6 +186,7 @@ impl Uring {
             ));
         }
         let limit = params.cq_entries() - 1;
+        let has_min_wait = params.is_feature_min_timeout();
         let (enter_fd, enter_flags) = match register_ring_fd(ring.as_raw_fd()) {
             Some(index) => (index, REGISTERED_RING),
             None => (ring.as_raw_fd(), 0),
@@ -176,6 +206,8 @@ impl Uring {
             hot: Cell::new(true),
             requests: Cell::new(0),
             enters: Cell::new(0),
+            by_workers: Cell::new(0),
+            has_min_wait,
             has_taskrun_flag,
         })
     }
@@ -229,6 +261,17 @@ impl Uring {
             // SAFETY: as above.
             unsafe { self.push_into_full(entry) };
         }
+    }
+
+    /// Queues a request that the kernel gives to one of its workers.
+    ///
+    /// # Safety
+    /// As for [`push`](Self::push), with `data` for the entry's user data.
+    #[inline(always)]
+    unsafe fn push_for_worker(&self, entry: Entry, data: u64) {
+        self.by_workers.set(self.by_workers.get() + 1);
+        // SAFETY: the caller's promise; `complete` takes the bit out again.
+        unsafe { self.push(&entry.user_data(data | BY_WORKER)) };
     }
 
     /// # Safety
@@ -346,18 +389,22 @@ impl Uring {
             flags |= GETEVENTS;
         }
         let fd = self.enter_fd;
-        let result = match timeout_ns {
-            Some(ns) if want > 0 => {
-                let timeout = Timespec::from(std::time::Duration::from_nanos(ns));
-                let args = SubmitArgs::new().timespec(&timeout);
-                let (args, size) = (&raw const args, size_of::<SubmitArgs<'_, '_>>());
-                let flags = flags | EXT_ARG;
-                // SAFETY: the ring is ours, every entry in it was pushed with the promise about its
-                // memory, and the arguments live through the call and have the size that is said.
-                unsafe { libc::syscall(SYS_ENTER, fd, queued, want, flags, args, size) }
-            }
-            // SAFETY: as above, without further arguments.
-            _ => unsafe { libc::syscall(SYS_ENTER, fd, queued, want, flags, 0, 0) },
+        let result = if want == 0 || (want == 1 && timeout_ns.is_none()) {
+            // SAFETY: the ring is ours, and every entry in it was pushed with the promise about its
+            // memory.
+            unsafe { libc::syscall(SYS_ENTER, fd, queued, want, flags, 0, 0) }
+        } else {
+            let timeout = timeout_ns.map(|ns| Timespec::from(Duration::from_nanos(ns)));
+            let args = WaitArgs {
+                sigmask: 0,
+                sigmask_size: 0,
+                min_wait_us: if want > 1 { GATHER_US } else { 0 },
+                timeout: timeout.as_ref().map_or(ptr::null(), ptr::from_ref),
+            };
+            let (args, size) = (&raw const args, size_of::<WaitArgs>());
+            let flags = flags | EXT_ARG;
+            // SAFETY: as above, and the arguments live through the call and have the size that is said.
+            unsafe { libc::syscall(SYS_ENTER, fd, queued, want, flags, args, size) }
         };
         if result < 0 {
             self.enter_failed(&io::Error::last_os_error());
@@ -424,7 +471,8 @@ impl Uring {
             if !self.backlog.borrow().is_empty() {
                 self.drain_backlog();
             }
-            self.enter(1, timeout_ns);
+            let gather = self.has_min_wait && self.by_workers.get() >= GATHER_FROM;
+            self.enter(if gather { GATHER_COUNT } else { 1 }, timeout_ns);
         }
         self.take_deferred();
     }
@@ -500,9 +548,13 @@ impl Uring {
             }
             progress = true;
             self.in_flight.set(self.in_flight.get() - 1);
-            // SAFETY: every other entry has the user data of a `Pending`, and the kernel gives it back
-            // exactly once, since none of them is multishot.
-            let pending = unsafe { Pending::from_user_data(done.user_data()) };
+            let data = done.user_data();
+            if data & BY_WORKER != 0 {
+                self.by_workers.set(self.by_workers.get() - 1);
+            }
+            // SAFETY: every other entry has the user data of a `Pending`, some with the bit, which an
+            // address has not; and the kernel gives it back exactly once, since none is multishot.
+            let pending = unsafe { Pending::from_user_data(data & !BY_WORKER) };
             pending.complete(done.result());
         }
         if self.hot.get() {

@@ -279,6 +279,11 @@ pub fn is_device(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(stat(fd)?.st_mode & libc::S_IFMT == libc::S_IFBLK)
 }
 
+/// Is it a regular file?
+pub fn is_regular(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(stat(fd)?.st_mode & libc::S_IFMT == libc::S_IFREG)
+}
+
 /// Kind of the file system that a file lies on (`f_type` of statfs(2)).
 pub fn file_system_magic(fd: BorrowedFd<'_>) -> io::Result<u64> {
     let mut answer = std::mem::MaybeUninit::<libc::statfs>::zeroed();

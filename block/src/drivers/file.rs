@@ -18,7 +18,7 @@ use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::types::{FileId, Limits, RequestFlags, bytes, in_memory};
-use coblock_aio::{IoVec, IoVecMut};
+use coblock_aio::{IoVec, IoVecMut, Medium};
 use coblock_coroutine::Co;
 use probe::{Alignment, Found};
 use rustix::fs::OFlags;
@@ -84,11 +84,13 @@ impl OpenDriver for OpenFile {
                 memory: 1,
             }
         };
+        let medium = Medium::of(file.as_fd(), wanted.direct)
+            .map_err(|error| Error::from_io("fstatfs", error).at_file(&filename))?;
         Ok(Box::new(HostFile {
             len: AtomicU64::new(found.len),
             locked: locking,
-            cached: !wanted.direct,
             copies: AtomicBool::new(true),
+            medium,
             filename,
             found,
             alignment,
@@ -162,10 +164,10 @@ struct HostFile {
     found: Found,
     alignment: Alignment,
     locked: bool,
-    /// Reads go through the page cache: one that is alone may be served from there by the loop.
-    cached: bool,
     /// The host copies to this file, as far as is known.
     copies: AtomicBool,
+    /// What requests reach.
+    medium: Medium,
     /// Length in bytes, raised by writes past it.
     len: AtomicU64,
 }
@@ -200,12 +202,8 @@ impl Driver for HostFile {
         _flags: RequestFlags,
     ) -> Result<()> {
         let len = buf.len();
-        let read = if self.cached {
-            coblock_aio::co::read_cached(co, self.file.as_fd(), offset, buf.reborrow())
-        } else {
-            coblock_aio::co::read(co, self.file.as_fd(), offset, buf.reborrow())
-        };
-        match read {
+        let fd = self.file.as_fd();
+        match coblock_aio::co::read_from(co, fd, self.medium, offset, buf.reborrow()) {
             Ok(read) => {
                 if read < len {
                     // The end of the file: padding, or somebody cut it. The rest is zeros.
@@ -225,7 +223,7 @@ impl Driver for HostFile {
         buf: IoVec<'_>,
         _flags: RequestFlags,
     ) -> Result<()> {
-        match coblock_aio::co::write(co, self.file.as_fd(), offset, buf) {
+        match coblock_aio::co::write_to(co, self.file.as_fd(), self.medium, offset, buf) {
             Ok(()) => {
                 self.grew_to(offset + bytes(buf.len()));
                 Ok(())
