@@ -10,7 +10,7 @@ use crate::io::Status;
 use crate::node::{Node, close_unused};
 use crate::request_table::{RequestKind, RequestTable};
 use crate::types::{RequestFlags, bytes};
-use coblock_aio::{IoVec, IoVecMut};
+use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::fmt;
 use std::sync::Arc;
@@ -72,6 +72,16 @@ impl BlockBackend {
     /// How many requests of this user are in flight (rule 5.7).
     pub fn in_flight(&self) -> usize {
         self.requests.in_flight()
+    }
+
+    /// Outside of coroutines: polls until no request of this user is in flight, callbacks included
+    /// (rules 3.8, 5.7). Its requests run in `context`, or anywhere if the caller drives the main context.
+    ///
+    /// # Panics
+    /// In a coroutine; when the caller drives neither of the two contexts.
+    #[track_caller]
+    pub fn wait_idle(&self, context: &Arc<AioContext>) {
+        self.requests.wait_idle_outside(self.graph.wait(), context);
     }
 
     /// Reads into `buf` from `offset`.

@@ -4,7 +4,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph_lock::{ContextSlot, GraphLock, MAX_CONTEXTS, ReadLocked, TooManyContexts};
 use crate::node::Node;
-use coblock_aio::AioContext;
+use coblock_aio::{AioContext, AioWait};
 use coblock_coroutine::{Co, Schedule, ThreadLock};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,7 +19,7 @@ struct Nodes {
 
 /// The block graph that `open` builds in. Everything that is global in the reference is in here.
 pub struct Graph {
-    main: Arc<AioContext>,
+    wait: Arc<AioWait>,
     lock: GraphLock,
     nodes: ThreadLock<Nodes>,
     live: AtomicUsize,
@@ -35,7 +35,7 @@ impl Graph {
             }
         };
         Arc::new(Graph {
-            main: main.clone(),
+            wait: Arc::new(AioWait::new(main)),
             lock: GraphLock::new(Box::new(kick)),
             nodes: ThreadLock::new(Nodes::default()),
             live: AtomicUsize::new(0),
@@ -44,7 +44,13 @@ impl Graph {
 
     /// The context whose home changes the graph.
     pub fn main_context(&self) -> &Arc<AioContext> {
-        &self.main
+        self.wait.main()
+    }
+
+    /// Where those meet who wait outside of coroutines and those who change something (rule 3.8): the home of
+    /// the main context may wait for anything.
+    pub fn wait(&self) -> &Arc<AioWait> {
+        &self.wait
     }
 
     /// Takes the graph lock for reading (rule 7.2). Costs two plain stores; suspends only while a

@@ -12,7 +12,7 @@ use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, GraphCell, GraphRead};
 use crate::request_table::RequestTable;
-use crate::types::{FileId, Limits, MAX_LENGTH};
+use crate::types::{ChildRole, FileId, Limits, MAX_LENGTH};
 use coblock_coroutine::{Co, CoMutex};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -32,6 +32,7 @@ pub struct Node {
     pub(crate) driver: Box<dyn Driver>,
     pub(crate) requests: RequestTable,
     pub(crate) limits: Limits,
+    whole_limits: Limits,
     /// Length in bytes: the driver's, raised by writes past it.
     pub(crate) len: AtomicU64,
     pub(crate) read_only: bool,
@@ -63,6 +64,8 @@ pub(crate) struct NodeParts {
     pub(crate) discard: bool,
     pub(crate) no_flush: bool,
     pub(crate) driver: Box<dyn Driver>,
+    /// Limits of what lies below, and its role.
+    pub(crate) below: Vec<(Limits, ChildRole)>,
     pub(crate) file_id: Option<FileId>,
 }
 
@@ -76,6 +79,7 @@ impl Node {
             discard,
             no_flush,
             driver,
+            below,
             file_id,
         } = parts;
         let limits = driver.limits();
@@ -92,6 +96,9 @@ impl Node {
         Ok(Arc::new(Node {
             requests: RequestTable::new(),
             limits,
+            whole_limits: below
+                .iter()
+                .fold(limits, |all, (below, role)| all.through(below, *role)),
             len: AtomicU64::new(len),
             read_only,
             growable: driver.is_growable(),
@@ -178,6 +185,12 @@ impl Node {
     /// What the driver does in one request.
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// What a request may be so that nobody below has to pad, copy or take it apart: the limits of
+    /// all nodes down to where the data is. Anything else works too, at that price.
+    pub fn whole_limits(&self) -> &Limits {
+        &self.whole_limits
     }
 
     /// The edges to its children.

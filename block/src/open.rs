@@ -496,6 +496,11 @@ impl<'a> Opening<'a> {
             discard: self.discard,
             no_flush: self.no_flush,
             driver,
+            below: self
+                .children
+                .iter()
+                .map(|child| (*child.below().whole_limits(), child.role()))
+                .collect(),
             file_id,
         };
         let node = match Node::new(self.env.graph, parts) {

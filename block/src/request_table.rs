@@ -32,13 +32,14 @@ mod sync {
 
 use crate::graph_lock::{ContextSlot, MAX_CONTEXTS};
 use crate::sync::heavy_fence;
+use coblock_aio::{AioContext, AioWait};
 use coblock_coroutine::{Co, ThreadLock, WakeHandle};
 use protocol::{Live, Special, Waiters};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// What a tracked request does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +110,23 @@ enum Target {
 struct Wait {
     ticket: u64,
     target: Target,
-    wake: WakeHandle,
+    wake: Wake,
+}
+
+/// Who waits.
+enum Wake {
+    Coroutine(WakeHandle),
+    /// Somebody outside of coroutines (rule 3.8).
+    Outside(Arc<AioWait>),
+}
+
+impl Wake {
+    fn wake(&self) {
+        match self {
+            Wake::Coroutine(handle) => handle.wake(),
+            Wake::Outside(wait) => wait.kick(),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -340,6 +357,29 @@ impl RequestTable {
         });
     }
 
+    /// The same outside of coroutines: polls by `wait` (rule 3.8). Requests run in `context`, or in any
+    /// one if the caller drives the main context. While nobody waits this costs a request nothing.
+    ///
+    /// # Panics
+    /// As [`AioWait::wait_while`].
+    #[track_caller]
+    pub fn wait_idle_outside(&self, wait: &Arc<AioWait>, context: &Arc<AioContext>) {
+        let _counted = Counted::new(self);
+        let mut waiting = None;
+        wait.wait_while(context, || {
+            let last = waiting.take();
+            // Its destructor takes the lock.
+            drop(last);
+            let mut waits = self.waits.lock();
+            let busy = self.live().next().is_some();
+            if busy {
+                let wake = Wake::Outside(wait.clone());
+                waiting = Some(self.enqueue(&mut waits, Target::Any, wake));
+            }
+            busy
+        });
+    }
+
     fn wait_until(&self, co: &Co, done: impl Fn() -> bool) {
         let _counted = Counted::new(self);
         loop {
@@ -348,19 +388,19 @@ impl RequestTable {
                 if done() {
                     return;
                 }
-                self.enqueue(&mut waits, Target::Any, co)
+                self.enqueue(&mut waits, Target::Any, Wake::Coroutine(co.wake_handle()))
             };
             waiting.wait(co);
         }
     }
 
-    fn enqueue<'a>(&'a self, waits: &mut Waits, target: Target, co: &Co) -> Waiting<'a> {
+    fn enqueue<'a>(&'a self, waits: &mut Waits, target: Target, wake: Wake) -> Waiting<'a> {
         let ticket = waits.next_ticket;
         waits.next_ticket += 1;
         waits.list.push(Wait {
             ticket,
             target,
-            wake: co.wake_handle(),
+            wake,
         });
         Waiting {
             table: self,
@@ -530,7 +570,9 @@ impl Tracked<'_> {
                 let Some(target) = self.conflict(&waits, turn.number) else {
                     return;
                 };
-                self.table.enqueue(&mut waits, Target::Request(target), co)
+                let wake = Wake::Coroutine(co.wake_handle());
+                self.table
+                    .enqueue(&mut waits, Target::Request(target), wake)
             };
             waiting.wait(co);
         }

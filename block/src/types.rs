@@ -139,6 +139,11 @@ pub struct Limits {
     pub discard_alignment: u64,
     /// Longest discard; at least `discard_alignment`.
     pub max_discard: u64,
+    /// Longest transfer that a device below takes as one. Longer ones are taken apart by the kernel,
+    /// side by side, so no node does it; for who tells a guest what is good.
+    pub device_transfer: u64,
+    /// Most pieces of memory in such a transfer, likewise.
+    pub device_segments: usize,
 }
 
 impl Default for Limits {
@@ -152,11 +157,37 @@ impl Default for Limits {
             max_zeroes: MAX_REQUEST,
             discard_alignment: 1,
             max_discard: MAX_REQUEST,
+            device_transfer: MAX_REQUEST,
+            device_segments: usize::MAX,
         }
     }
 }
 
 impl Limits {
+    /// These, for requests that nobody on the way to `below`, which keeps the data in that role, has to
+    /// pad, copy or take apart. Zeroes and discards of a format are its own: they change its tables.
+    pub(crate) fn through(self, below: &Limits, role: ChildRole) -> Limits {
+        let data = Limits {
+            request_alignment: self.request_alignment.max(below.request_alignment),
+            mem_alignment: self.mem_alignment.max(below.mem_alignment),
+            max_transfer: self.max_transfer.min(below.max_transfer),
+            device_transfer: self.device_transfer.min(below.device_transfer),
+            device_segments: self.device_segments.min(below.device_segments),
+            ..self
+        };
+        match role {
+            ChildRole::Backing => self,
+            ChildRole::Storage | ChildRole::Data => data,
+            ChildRole::Filtered => Limits {
+                zero_alignment: self.zero_alignment.max(below.zero_alignment),
+                max_zeroes: self.max_zeroes.min(below.max_zeroes),
+                discard_alignment: self.discard_alignment.max(below.discard_alignment),
+                max_discard: self.max_discard.min(below.max_discard),
+                ..data
+            },
+        }
+    }
+
     /// Panics with what is wrong; a driver computes these, an image never does.
     pub(crate) fn assert_sane(&self, format: &str) {
         for (what, value) in [

@@ -2,7 +2,7 @@
 
 mod support;
 
-use coblock_block::{ErrorKind, Options, RequestFlags};
+use coblock_block::{ErrorKind, Limits, MAX_REQUEST, Options, RequestFlags};
 use support::{World, engines, pattern};
 
 /// A buffered read that is alone is served from the page cache by the loop, without the ring; a direct
@@ -202,6 +202,37 @@ fn a_file_that_was_cut_reads_as_zeros() {
     }
 }
 
+/// The limits are those of the device's queue, through `raw`.
+fn assert_queue_limits(limits: &Limits, device: &str) {
+    let value = |name: &str| -> u64 {
+        let path = format!("/sys/block/{device}/queue/{name}");
+        std::fs::read_to_string(path)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    };
+    assert_eq!(
+        limits.device_transfer,
+        (value("max_hw_sectors_kb") * 1024).min(MAX_REQUEST)
+    );
+    assert_eq!(limits.device_segments as u64, value("max_segments"));
+    let granularity = value("discard_granularity").max(1);
+    assert!(
+        limits.discard_alignment >= granularity
+            && limits.discard_alignment <= granularity.max(4096)
+    );
+    for (most, name) in [
+        (limits.max_discard, "discard_max_bytes"),
+        (limits.max_zeroes, "write_zeroes_max_bytes"),
+    ] {
+        match value(name) {
+            0 => assert_eq!(most, MAX_REQUEST, "{name}: not known"),
+            max => assert!(most <= max && most > 0, "{name}"),
+        }
+    }
+}
+
 /// Block devices: length and sector size from the kernel, O_DIRECT, no growth.
 #[test]
 fn a_block_device_has_a_fixed_length() {
@@ -239,6 +270,8 @@ fn a_block_device_has_a_fixed_length() {
             assert_eq!(backend.len(), 1 << 20);
             let id = backend.node().file_id().unwrap();
             assert_eq!(id.inode, 0, "a device is known by its number");
+            let name = device.rsplit('/').next().unwrap();
+            assert_queue_limits(backend.node().whole_limits(), name);
             world.run(|co| {
                 let data = pattern(2, 1000);
                 backend

@@ -7,11 +7,11 @@
 mod support;
 
 use coblock_block::drivers::sim::{Fault, LogEntry, Match, SimDisk};
-use coblock_block::{BlockBackend, ErrorKind, RequestFlags};
+use coblock_block::{BlockBackend, ErrorKind, Limits, Options, RequestFlags};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
-use support::{PLAIN, end, pattern, settle, sim_world as world, start};
+use support::{PLAIN, World, end, pattern, settle, sim_world as world, start};
 
 /// Alignment of disk and memory cost padding and copies, never a wrong byte: odd ranges at odd
 /// addresses.
@@ -518,4 +518,58 @@ fn an_error_tells_where() {
     );
     assert_eq!(disk.peek(5100, 412), [0; 412]);
     end(world, backend);
+}
+
+/// Limits of every driver, and of everything below it: a user sees what nobody will pad, copy or take apart.
+#[test]
+fn limits_are_merged_upward() {
+    let plain = Limits::default();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let path = path.to_str().unwrap();
+    let odd = |prefix: &str| {
+        let key = |name: &str| format!("{prefix}{name}");
+        Options::new()
+            .with(&key("driver"), "sim")
+            .with_object(&key("disk"), SimDisk::new(1 << 20))
+            .with(&key("request-alignment"), "512")
+            .with(&key("mem-alignment"), "256")
+            .with(&key("max-transfer"), "8192")
+    };
+    let odd_limits = Limits {
+        request_alignment: 512,
+        mem_alignment: 256,
+        max_transfer: 8192,
+        ..plain
+    };
+    let world = World::simulated();
+    for (name, options, own, whole) in [
+        (
+            "null",
+            Options::new().with("driver", "null-co"),
+            plain,
+            plain,
+        ),
+        ("file", Options::file(path), plain, plain),
+        (
+            "raw on file",
+            Options::format_on_file("raw", path),
+            plain,
+            plain,
+        ),
+        ("sim", odd(""), odd_limits, odd_limits),
+        (
+            "raw on sim",
+            odd("file.").with("driver", "raw"),
+            plain,
+            odd_limits,
+        ),
+    ] {
+        let backend = world.open(options).unwrap();
+        assert_eq!(*backend.node().limits(), own, "{name}");
+        assert_eq!(*backend.node().whole_limits(), whole, "{name}");
+        world.close(backend).unwrap();
+    }
+    world.end();
 }

@@ -11,13 +11,16 @@
 mod extents;
 mod locks;
 mod probe;
+mod queue;
 
 use crate::driver::{Driver, DriverStatus, OpenDriver, Place, Precision};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
-use crate::types::{FileId, Limits, RequestFlags, bytes, in_memory};
+use crate::types::{
+    FileId, Limits, MAX_ALIGNMENT, MAX_REQUEST, RequestFlags, align_down, bytes, in_memory,
+};
 use coblock_aio::{IoVec, IoVecMut, Medium};
 use coblock_coroutine::Co;
 use probe::{Alignment, Found};
@@ -240,6 +243,10 @@ impl Driver for HostFile {
         len: u64,
         flags: RequestFlags,
     ) -> Result<()> {
+        if flags.contains(RequestFlags::NO_FALLBACK) && self.found.queue.max_zeroes == Some(0) {
+            // The kernel would write them.
+            return Err(self.not_supported("zeroes that the device makes"));
+        }
         let unmap = flags.contains(RequestFlags::MAY_UNMAP);
         match coblock_aio::co::zero(co, self.file.as_fd(), offset, len, unmap) {
             Ok(()) => {
@@ -358,13 +365,25 @@ impl Driver for HostFile {
 
     fn limits(&self) -> Limits {
         let Alignment { request, memory } = self.alignment;
-        Limits {
+        let mut limits = Limits {
             request_alignment: request,
             mem_alignment: memory,
             zero_alignment: request.max(self.found.sector),
-            discard_alignment: request.max(self.found.sector),
             ..Limits::default()
-        }
+        };
+        let queue = &self.found.queue;
+        let granularity = queue.discard_granularity.unwrap_or(1).min(MAX_ALIGNMENT);
+        limits.discard_alignment = limits.zero_alignment.max(granularity);
+        // A device that has none of it says so when it is asked.
+        let most = |max: Option<u64>, alignment: u64| match max {
+            Some(max) if max >= alignment => align_down(max, alignment).min(MAX_REQUEST),
+            _ => MAX_REQUEST,
+        };
+        limits.max_discard = most(queue.max_discard, limits.discard_alignment);
+        limits.max_zeroes = most(queue.max_zeroes, limits.zero_alignment);
+        limits.device_transfer = most(queue.max_transfer, 1);
+        limits.device_segments = queue.max_segments.unwrap_or(usize::MAX);
+        limits
     }
 
     fn is_growable(&self) -> bool {

@@ -154,7 +154,8 @@ impl Node {
         (to, to_offset): (&Node, u64),
         len: u64,
     ) -> Result<()> {
-        let alignment = self.limits.mem_alignment.max(to.limits.mem_alignment);
+        let alignment = self.whole_limits().mem_alignment;
+        let alignment = alignment.max(to.whole_limits().mem_alignment);
         let mut buf = AlignedBuf::try_new(in_memory(len), alignment)
             .map_err(|error| self.locate(Error::from_io("copy buffer", error)))?;
         let none = RequestFlags::empty();

@@ -1,5 +1,6 @@
 //! What the host says about an open file: which one it is, how long, and what alignment it wants.
 
+use super::queue::Queue;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::FileId;
 use coblock_aio::AlignedBuf;
@@ -17,6 +18,8 @@ pub(super) struct Found {
     /// What zero requests and discards are multiples of, in bytes: sectors of a device, 1 in a
     /// file.
     pub(super) sector: u64,
+    /// Of a device.
+    pub(super) queue: Queue,
 }
 
 /// Alignment of offsets and lengths, and of memory, in bytes.
@@ -41,6 +44,7 @@ pub(super) fn look(file: &File) -> Result<Option<Found>> {
             len: length(file, false)?,
             is_block_device: false,
             sector: 1,
+            queue: Queue::default(),
         })),
         FileType::BlockDevice => Ok(Some(Found {
             id: FileId {
@@ -50,6 +54,7 @@ pub(super) fn look(file: &File) -> Result<Option<Found>> {
             len: length(file, true)?,
             is_block_device: true,
             sector: sector(file),
+            queue: Queue::of_device(stat.st_rdev),
         })),
         _ => Ok(None),
     }
