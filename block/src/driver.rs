@@ -172,7 +172,10 @@ pub trait Driver: Send + Sync + 'static {
     /// `NotSupported` where the length is fixed.
     fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
         let _ = (co, graph, len, exact);
-        Err(self.not_supported("resize"))
+        Err(Error::new(
+            ErrorKind::NotSupported,
+            "Image format driver does not support resize",
+        ))
     }
 
     /// The last call: nothing is in flight. Writes out what the driver holds. Suspends.

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use coblock_aio::IoVec;
-use coblock_block::{GraphRead, RequestFlags, Result};
+use coblock_block::{Error as BlockError, ErrorKind, GraphRead, RequestFlags, Result};
 use coblock_coroutine::Co;
 
 use crate::error::Error;
@@ -16,9 +16,13 @@ impl Qcow2 {
     /// Makes the disk `len` bytes long; what is added is not allocated.
     ///
     /// # Errors
-    /// A shorter disk, the limits of the format, or I/O; the size is as before then.
+    /// A shorter disk, one that is not whole sectors, the limits of the format, or I/O; the size is as before then.
     pub(crate) fn resize(&self, co: &Co, graph: &GraphRead<'_>, len: u64) -> Result<()> {
         self.check_intact()?;
+        if !len.is_multiple_of(512) {
+            let why = "The new size must be a multiple of 512";
+            return Err(BlockError::new(ErrorKind::Invalid, why));
+        }
         let geometry = self.geometry.with_virtual_size(len)?;
         let mut meta = self.meta.lock(co);
         let old = self.size.load(Acquire);

@@ -5,13 +5,7 @@ use coblock::qcow2;
 
 /// An error of the library for people: the reference's words where it has some.
 pub fn explain(error: &block::Error) -> String {
-    let mut text = match qcow2_error(error) {
-        Some(inner) => match reference_words(inner) {
-            Some(words) => words,
-            None => error.message().to_owned(),
-        },
-        None => error.message().to_owned(),
-    };
+    let mut text = explain_briefly(error);
     if let Some(offset) = error.offset() {
         let file = error.file().or(error.node()).unwrap_or("the image");
         text.push_str(&format!(" (file '{file}', offset {offset})"));
@@ -21,6 +15,13 @@ pub fn explain(error: &block::Error) -> String {
         text.push_str(hint);
     }
     text
+}
+
+/// The same without file, offset and advice.
+pub fn explain_briefly(error: &block::Error) -> String {
+    qcow2_error(error)
+        .and_then(reference_words)
+        .unwrap_or_else(|| error.message().to_owned())
 }
 
 /// The qcow2 error that is behind `error`, if one is.

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use coblock::aio::{ContextOptions, EngineKind, Home};
 use coblock::block::{
-    self, BlockBackend, DriverRegistry, Graph, LikeReference, Node, Options, drivers,
+    self, BlockBackend, Dependent, DriverRegistry, Graph, LikeReference, Node, OpenGate, Options,
+    drivers,
 };
 use coblock::coroutine::Co;
 use coblock::qcow2;
@@ -42,6 +43,24 @@ impl Engine {
     }
 }
 
+/// As the library has it; and a disk without a file is opened too, because it opens nothing.
+struct Gate(LikeReference);
+
+impl OpenGate for Gate {
+    fn dependent(&self, wanted: &Dependent<'_>) -> block::Result<Options> {
+        if wanted.name == "null-co://" {
+            return Ok(Options::new()
+                .with("driver", wanted.format.unwrap_or("raw"))
+                .with("file.driver", "null-co"));
+        }
+        self.0.dependent(wanted)
+    }
+
+    fn max_depth(&self) -> usize {
+        self.0.max_depth()
+    }
+}
+
 /// A loop, a graph, and the drivers of this program.
 pub struct Session {
     /// Drives everything.
@@ -49,7 +68,7 @@ pub struct Session {
     /// Holds all nodes.
     pub graph: Arc<Graph>,
     registry: DriverRegistry,
-    gate: LikeReference,
+    gate: Gate,
 }
 
 impl Session {
@@ -74,7 +93,7 @@ impl Session {
         registry.register("null-co", Box::new(drivers::null::OpenNull));
         registry.register("raw", Box::new(drivers::raw::OpenRaw));
         registry.register("qcow2", Box::new(qcow2::OpenQcow2));
-        let gate = LikeReference::with_guess(|path| Ok(probe(path).to_owned()));
+        let gate = Gate(LikeReference::with_guess(|path| Ok(probe(path).to_owned())));
         Ok(Self {
             home,
             graph,

@@ -387,7 +387,12 @@ pub fn guess(start: &[u8]) -> &'static str {
             .get(*at..)
             .is_some_and(|bytes| bytes.starts_with(magic))
     });
-    found.map_or("raw", |(_, _, format)| format)
+    match found {
+        // Its format has no version 0.
+        Some((_, _, "qcow2")) if start.get(4..8) == Some(&[0; 4]) => "raw",
+        Some((_, _, format)) => format,
+        None => "raw",
+    }
 }
 
 /// True when there is a device at that path.
@@ -487,6 +492,7 @@ mod tests {
             (b"KDMV", "vmdk"),
             (b"", "raw"),
             (b"QFI", "raw"),
+            (b"QFI\xfb\0\0\0\0", "raw"),
         ] {
             assert_eq!(guess(start), want, "{start:?}");
         }

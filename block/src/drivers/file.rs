@@ -354,7 +354,7 @@ impl Driver for HostFile {
             };
         }
         coblock_aio::co::on_pool(co, || self.file.set_len(len))
-            .map_err(|error| self.failed("resize", len, error))?;
+            .map_err(|error| self.failed("Could not resize file", len, error))?;
         self.len.store(len, Ordering::Release);
         Ok(())
     }

@@ -579,3 +579,15 @@ pub fn make_image(path: &str, format: &str, size: u64) -> Result<(), String> {
     session.close();
     result
 }
+
+/// Makes an empty qcow2 image of `size` bytes over a backing file that whoever opens it names.
+///
+/// # Errors
+/// What went wrong, in words.
+pub fn make_overlay(session: &Session, path: &str, size: u64) -> Result<(), String> {
+    let mut options = CreateOptions::new(QCOW2, FILE);
+    options.set("size", &size.to_string())?;
+    options.set("backing_file", "below")?;
+    options.set("backing_fmt", "raw")?;
+    make(session, Made::Qcow2, "qcow2", path, &options)
+}

@@ -14,7 +14,7 @@ mod luks;
 mod map;
 mod progress;
 
-pub use create::make_image;
+pub use create::{make_image, make_overlay};
 pub use info_print::specific_lines;
 
 use std::ffi::{OsStr, OsString};

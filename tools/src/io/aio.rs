@@ -191,6 +191,10 @@ pub(super) fn write(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failur
         let len = args::bytes(&letters.operands[1])?;
         flags.set(RequestFlags::MAY_UNMAP, has(b'u'));
         let story = shell.story(&letters, names, offset, len);
+        if let Err(error) = shell.image().grow_to(offset, len) {
+            story.tell(&Err(error), None, String::new());
+            return Ok(());
+        }
         let done = move |result: block::Result<()>| story.tell(&result, None, String::new());
         let backend = shell.backend();
         let home = &shell.image().session.home;
@@ -203,7 +207,10 @@ pub(super) fn write(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failur
     let buffer = Buffer::new(len, byte, shell.misalign)?;
     let story = shell.story(&letters, names, offset, len);
     let image = shell.image();
-    if let Err(error) = image.prepare_write(offset, &buffer) {
+    let prepared = image
+        .check_first_sector(offset, &buffer)
+        .and_then(|()| image.grow_to(offset, len));
+    if let Err(error) = prepared {
         story.tell(&Err(error), None, String::new());
         return Ok(());
     }

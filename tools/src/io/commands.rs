@@ -1,7 +1,7 @@
 //! The commands: names, how many words they take, what they need, and their help.
 
 use super::Shell;
-use super::{aio, control, open, query, request};
+use super::{aio, control, open, query, reopen, request};
 use crate::getopt::UsageError;
 
 /// A command.
@@ -386,7 +386,7 @@ static COMMANDS: [Command; 32] = [
  -c  cache mode, as for open -t
  -o  options, as for open -o
 ",
-        run: open::reopen,
+        run: reopen::reopen,
     },
     Command {
         name: "resume",
@@ -485,7 +485,7 @@ static COMMANDS: [Command; 32] = [
         name: "zone_append",
         short: None,
         words: (3, Some(4)),
-        needs: Needs::Write,
+        needs: Needs::Image,
         usage: "offset len [len..]",
         about: "append write a number of bytes at a specified offset",
         details: "",

@@ -6,7 +6,8 @@
 //!   request    read, readv, write, writev, discard, flush: one at a time
 //!   aio        aio_read, aio_write, aio_flush: many at a time, results as they come
 //!   query      alloc, map, length, info, truncate
-//!   open       open, close, reopen
+//!   open       open, close
+//!   reopen     reopen
 //!   control    sleep, sigraise, abort, quit; what no image of ours can
 //!   args       numbers, patterns, buffers
 //!   report     what results look like
@@ -20,6 +21,7 @@ mod control;
 mod input;
 mod open;
 mod query;
+mod reopen;
 mod report;
 mod request;
 

@@ -1,6 +1,8 @@
-//! `open`, `close`, `reopen`: the image that the other commands work on.
+//! `open`, `close`: the image that the other commands work on.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 
@@ -13,7 +15,9 @@ use super::commands::{Call, Failure};
 use crate::explain::explain;
 use crate::getopt::{Getopt, Opt};
 use crate::image_opts::Pairs;
+use crate::img::make_overlay;
 use crate::open::{Engine, Session};
+use crate::output::os_message;
 use crate::spec::{Access, Cache, ImageSpec, Naming, guess};
 use crate::standard;
 
@@ -28,11 +32,11 @@ enum Aio {
 /// How an image is opened.
 #[derive(Clone, Debug)]
 pub(super) struct OpenWith {
-    read_only: bool,
-    snapshot: bool,
+    pub(super) read_only: bool,
+    pub(super) snapshot: bool,
     copy_on_read: bool,
     force_share: bool,
-    cache: Cache,
+    pub(super) cache: Cache,
     aio: Option<Aio>,
     discard: bool,
     /// Options of the drivers.
@@ -122,6 +126,11 @@ pub(super) struct Image {
     pub(super) write_through: bool,
     /// Requests whose results were not yet there when somebody looked.
     pub(super) running: Vec<AioRequest>,
+    /// What the user opened, and how: for opening it again.
+    pub(super) name: Option<OsString>,
+    pub(super) with: OpenWith,
+    /// Takes the writes, where they do not go to the image.
+    _temporary: Option<File>,
 }
 
 impl Image {
@@ -146,30 +155,37 @@ impl Image {
         }
     }
 
-    /// Whether `data` may be written at `offset`: not if it makes a raw image, whose format was guessed, look like
-    /// another one. A file whose last sector is odd grows to the end of what is written.
-    pub(super) fn prepare_write(&self, offset: u64, data: &[u8]) -> block::Result<()> {
-        let end = offset.saturating_add(data.len() as u64);
-        let (backend, spec) = (&self.backend, &self.spec);
-        self.session.home.run(|co| {
-            if spec.probed && spec.driver() == "raw" && offset < SECTOR && end <= self.len() {
-                let mut start = [0; 512];
-                let here = usize::try_from(backend.len()).map_or(start.len(), |n| n.min(start.len()));
-                backend.pread(co, 0, &mut start[..here])?;
-                let at = usize::try_from(offset).unwrap_or(start.len());
-                for (old, new) in start[at..].iter_mut().zip(data) {
-                    *old = *new;
-                }
-                if guess(&start) != "raw" {
-                    let why = "the first sector of an image of guessed format would look like another format";
-                    return Err(block::Error::new(block::ErrorKind::ReadOnly, why));
-                }
-            }
-            if end > backend.len() && end <= self.len() {
-                backend.truncate(co, end, false)?;
-            }
-            Ok(())
-        })
+    /// Whether `data` may be written at `offset`: not if it makes a raw image, whose format was guessed, look like one
+    /// of another format.
+    pub(super) fn check_first_sector(&self, offset: u64, data: &[u8]) -> block::Result<()> {
+        let guessed = self.spec.probed && self.spec.driver() == "raw";
+        if !guessed || offset >= SECTOR || offset + data.len() as u64 > self.len() {
+            return Ok(());
+        }
+        let backend = &self.backend;
+        let mut start = [0; 512];
+        let here = usize::try_from(backend.len()).map_or(start.len(), |n| n.min(start.len()));
+        let old = &mut start[..here];
+        self.session.home.run(|co| backend.pread(co, 0, old))?;
+        let at = usize::try_from(offset).unwrap_or(start.len());
+        for (old, new) in start[at..].iter_mut().zip(data) {
+            *old = *new;
+        }
+        if guess(&start) == "raw" {
+            return Ok(());
+        }
+        let why = "the first sector would look like that of another format";
+        Err(block::Error::new(block::ErrorKind::ReadOnly, why))
+    }
+
+    /// Makes a file whose last sector is not whole long enough for a write there.
+    pub(super) fn grow_to(&self, offset: u64, len: u64) -> block::Result<()> {
+        let end = offset.saturating_add(len);
+        if end <= self.backend.len() || end > self.len() {
+            return Ok(());
+        }
+        let backend = &self.backend;
+        self.session.home.run(|co| backend.truncate(co, end, false))
     }
 }
 
@@ -231,18 +247,8 @@ pub(super) fn close(shell: &mut Shell<'_>, _: &Call<'_>) -> Result<(), Failure> 
     }
 }
 
-/// `reopen`
-pub(super) fn reopen(_: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failure> {
-    if call.words.is_empty() {
-        return Ok(());
-    }
-    Err(Failure::Error(
-        "reopen: changing options of an open image is not supported: close and open it".into(),
-    ))
-}
-
 impl Shell<'_> {
-    /// Opens an image, unless one is open.
+    /// Opens an image for the commands, unless one is open.
     pub(super) fn open_image(
         &mut self,
         name: Option<&OsStr>,
@@ -251,62 +257,73 @@ impl Shell<'_> {
         if self.image.is_some() {
             return Err(Failure::Error("file open already, try 'help close'".into()));
         }
-        let failed = |why: String| {
+        if let Some(name) = name.filter(|_| self.image_opts) {
+            let pairs = Pairs::parse(&name.to_string_lossy(), Some("file"));
+            standard::warn_switches(&pairs, self.out);
+        }
+        let image = self.make_image(name, with).map_err(|why| {
             Failure::Error(match name.filter(|_| !self.image_opts) {
                 Some(name) => format!("can't open device {}: {why}", name.to_string_lossy()),
                 None => format!("can't open: {why}"),
             })
-        };
-        if with.copy_on_read {
-            return Err(failed("copy-on-read is not supported".into()));
+        })?;
+        let spec = &image.spec;
+        if spec.probed && spec.driver() == "raw" && image.write {
+            standard::warn_probed_raw(self.out, &spec.shown);
         }
-        if with.snapshot {
-            return Err(failed("temporary snapshots are not supported".into()));
+        self.image = Some(image);
+        Ok(())
+    }
+
+    /// Opens an image.
+    pub(super) fn make_image(&self, name: Option<&OsStr>, with: OpenWith) -> Result<Image, String> {
+        if with.copy_on_read {
+            return Err("copy-on-read is not supported".into());
         }
         let naming = Naming {
             image_opts: self.image_opts,
             format: None,
         };
-        if naming.image_opts
-            && let Some(name) = name
-        {
-            let pairs = Pairs::parse(&name.to_string_lossy(), Some("file"));
-            standard::warn_switches(&pairs, self.out);
-        }
-        let mut spec = ImageSpec::with_options(name, &with.options, naming).map_err(failed)?;
+        let mut spec = ImageSpec::with_options(name, &with.options, naming)?;
         if spec.keys.get("discard").is_none() {
             let mode = if with.discard { "unmap" } else { "ignore" };
             spec.keys.set("discard", mode);
         }
         if !with.read_only && spec.forbids_writing() {
-            return Err(failed("Block node is read-only".into()));
+            return Err("Block node is read-only".into());
         }
-        let session = Session::new(with.engine().map_err(failed)?).map_err(failed)?;
+        let session = Session::new(with.engine()?)?;
         let access = Access {
             write: !with.read_only,
             force_share: with.force_share,
             cache: with.cache,
             alone: false,
         };
-        let backend = match session.home.run(|co| session.open(co, &spec, access)) {
-            Ok(backend) => Arc::new(backend),
-            Err(error) => {
-                session.close();
-                return Err(failed(explain(&error)));
-            }
+        let opened = if with.snapshot {
+            open_snapshot(&session, spec, access)
+        } else {
+            let opened = session.home.run(|co| session.open(co, &spec, access));
+            opened
+                .map(|backend| (spec, backend, None))
+                .map_err(|error| explain(&error))
         };
-        if spec.probed && spec.driver() == "raw" && access.write {
-            standard::warn_probed_raw(self.out, &spec.shown);
+        match opened {
+            Ok((spec, backend, temporary)) => Ok(Image {
+                session,
+                backend: Arc::new(backend),
+                spec,
+                write: access.write,
+                write_through: with.cache.is_write_through() && !with.snapshot,
+                running: Vec::new(),
+                name: name.map(OsStr::to_owned),
+                with,
+                _temporary: temporary,
+            }),
+            Err(why) => {
+                session.close();
+                Err(why)
+            }
         }
-        self.image = Some(Image {
-            session,
-            backend,
-            spec,
-            write: access.write,
-            write_through: with.cache.is_write_through(),
-            running: Vec::new(),
-        });
-        Ok(())
     }
 
     /// Waits for requests, and closes the image if one is open; whether that went well.
@@ -338,4 +355,49 @@ impl Shell<'_> {
             }
         }
     }
+}
+
+/// What was opened: the image that requests go to, and the file of a temporary one.
+type Opened = (ImageSpec, BlockBackend, Option<File>);
+
+/// Opens an image below a temporary one, which takes the writes and is gone with the program.
+fn open_snapshot(
+    session: &Session,
+    mut below: ImageSpec,
+    access: Access,
+) -> Result<Opened, String> {
+    let read = Access {
+        write: false,
+        ..access
+    };
+    let len = session.home.run(|co| {
+        let backend = session.open(co, &below, read)?;
+        let len = backend.len();
+        backend.close(co)?;
+        Ok(len)
+    });
+    let len = len.map_err(|error: block::Error| explain(&error))?;
+    let len = len.checked_next_multiple_of(SECTOR).unwrap_or(len);
+    let file = tempfile::tempfile()
+        .map_err(|error| format!("Could not make a temporary file: {}", os_message(&error)))?;
+    // It has no name, so nothing is left of it whatever happens.
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    // The options say what is below; the name in the image only that something is.
+    make_overlay(session, &path, len)?;
+    let mut top = ImageSpec::file(&path, "qcow2");
+    top.shown.clone_from(&below.shown);
+    let discard = below.keys.get("discard").unwrap_or("unmap").to_owned();
+    top.keys.set("discard", discard);
+    below.keys.set("read-only", "on");
+    for (key, value) in below.keys.iter() {
+        top.keys.set(&format!("backing.{key}"), value);
+    }
+    let access = Access {
+        cache: Cache::Unsafe,
+        ..access
+    };
+    let opened = session.home.run(|co| session.open(co, &top, access));
+    opened
+        .map(|backend| (top, backend, Some(file)))
+        .map_err(|error| explain(&error))
 }

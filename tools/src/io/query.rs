@@ -10,7 +10,7 @@ use super::commands::{Call, Failure};
 use super::open::Image;
 use super::report::size;
 use super::request::{Letters, failed};
-use crate::explain::explain;
+use crate::explain::{explain, explain_briefly};
 use crate::getopt::Opt;
 use crate::img::specific_lines;
 use crate::spec::Access;
@@ -190,5 +190,5 @@ pub(super) fn truncate(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Fai
         .session
         .home
         .run(|co| backend.truncate(co, len, false));
-    result.map_err(|error| Failure::Error(explain(&error)))
+    result.map_err(|error| Failure::Error(explain_briefly(&error)))
 }

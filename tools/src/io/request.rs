@@ -160,7 +160,8 @@ impl Shell<'_> {
         fua: bool,
     ) -> block::Result<()> {
         let image = self.image();
-        image.prepare_write(offset, buffer)?;
+        image.check_first_sector(offset, buffer)?;
+        image.grow_to(offset, buffer.len() as u64)?;
         let mut gather = Gather::new();
         let mut rest = &buffer[..];
         for len in lens {
@@ -385,7 +386,9 @@ pub(super) fn write(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failur
         flags.set(RequestFlags::MAY_UNMAP, has(b'u'));
         flags.set(RequestFlags::NO_FALLBACK, has(b'n'));
         began = Instant::now();
-        shell.request(|co, backend| backend.pwrite_zeroes(co, offset, len, flags))
+        shell.image().grow_to(offset, len).and_then(|()| {
+            shell.request(|co, backend| backend.pwrite_zeroes(co, offset, len, flags))
+        })
     } else {
         let byte = letters.pattern()?.unwrap_or(DEFAULT_PATTERN);
         let mut buffer = Buffer::new(len, byte, shell.misalign)?;
@@ -397,16 +400,27 @@ pub(super) fn write(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failur
             return Err(no_vm_state("write"));
         }
         if has(b'c') {
-            return Err(failed(
-                "write",
-                &block::Error::new(block::ErrorKind::NotSupported, "compressed writes"),
-            ));
+            write_compressed(shell, offset, len)
+        } else {
+            shell.write_pieces(offset, &buffer, &[len], has(b'f'))
         }
-        shell.write_pieces(offset, &buffer, &[len], has(b'f'))
     };
     result.map_err(|error| failed("write", &error))?;
     shell.report("wrote", &letters, offset, len, began.elapsed());
     Ok(())
+}
+
+/// Compressed clusters are only read.
+fn write_compressed(shell: &Shell<'_>, offset: u64, len: u64) -> block::Result<()> {
+    let kind = if offset.saturating_add(len) > shell.image().len() {
+        block::ErrorKind::OutOfBounds
+    } else {
+        block::ErrorKind::NotSupported
+    };
+    Err(block::Error::new(
+        kind,
+        "compressed writes are not supported",
+    ))
 }
 
 /// Fills a buffer with the content of a file, again and again.

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod extents;
+pub mod io;
 
 use std::fmt;
 use std::fs;

@@ -1,0 +1,182 @@
+//! `reopen`: other options for the image that is open.
+//!
+//! The graph cannot change a node's options, and needs not: nobody else uses the image here. So it is closed and opened
+//! again; when that fails it is opened as before.
+
+use std::ffi::OsString;
+
+use super::Shell;
+use super::commands::{Call, Failure};
+use crate::getopt::{Getopt, Opt};
+use crate::image_opts::Pairs;
+use crate::spec::Cache;
+use crate::standard;
+
+/// Options that an open image can get, last parts of their keys.
+const CHANGEABLE: [&str; 12] = [
+    "auto-read-only",
+    "cache-clean-interval",
+    "cache-size",
+    "detect-zeroes",
+    "direct",
+    "discard",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "lazy-refcounts",
+    "no-flush",
+    "read-only",
+    "refcount-cache-size",
+];
+
+/// Those of them that are switches.
+const SWITCHES: [&str; 5] = [
+    "auto-read-only",
+    "direct",
+    "lazy-refcounts",
+    "no-flush",
+    "read-only",
+];
+
+const REOPEN: &[Opt<u8>] = &[
+    Opt::flag(b'r', Some(b'r'), None),
+    Opt::flag(b'w', Some(b'w'), None),
+    Opt::value(b'c', Some(b'c'), None),
+    Opt::value(b'o', Some(b'o'), None),
+];
+
+/// `reopen`
+pub(super) fn reopen(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failure> {
+    let refuse = |why: &str| Err(Failure::Error(why.to_owned()));
+    let words = call.words.iter().map(OsString::from).collect();
+    let mut getopt = Getopt::letters(REOPEN, words);
+    let (mut read_only, mut cache, mut options) = (None, None, Pairs::default());
+    while let Some((letter, value)) = getopt.next_option()? {
+        let value = value.unwrap_or_default();
+        match letter {
+            b'c' => match Cache::parse(&value) {
+                Some(mode) => cache = Some(mode),
+                None => {
+                    let shown = value.to_string_lossy();
+                    return refuse(&format!("Invalid cache option: {shown}"));
+                }
+            },
+            b'o' => {
+                options = Pairs::parse(&value.to_string_lossy(), None);
+                standard::warn_switches(&options, shell.out);
+            }
+            _ if read_only.is_some() => {
+                return refuse("Only one -r/-w option may be given");
+            }
+            letter => read_only = Some(letter == b'r'),
+        }
+    }
+    if !getopt.operands().is_empty() {
+        return Err(Failure::Usage);
+    }
+    if read_only.is_some() && options.get("read-only").is_some() {
+        return refuse("Cannot set both -r/-w and 'read-only'");
+    }
+    let cache_options = ["cache.direct", "cache.no-flush"];
+    if cache.is_some() && cache_options.iter().any(|key| options.get(key).is_some()) {
+        return refuse("Cannot set both -c and the cache options");
+    }
+    let image = shell.image();
+    for (key, value) in options.iter() {
+        check(image.spec.keys.get(key), key, value).map_err(Failure::Error)?;
+    }
+    if read_only.is_none() && cache.is_none() && options.all().is_empty() {
+        return Ok(());
+    }
+    if image.with.snapshot {
+        return refuse("reopen: an image below a temporary one cannot be opened again");
+    }
+    if options.get("read-only").is_some_and(is_on) && image.write {
+        let node = image.backend.node().name();
+        return refuse(&format!(
+            "Read-only block node '{node}' cannot support read-write users"
+        ));
+    }
+    let (name, old) = (image.name.clone(), image.with.clone());
+    let mut new = old.clone();
+    new.read_only = read_only.unwrap_or(new.read_only);
+    new.cache = cache.unwrap_or(new.cache);
+    for (key, value) in options.iter() {
+        match key {
+            "read-only" => new.read_only = is_on(value),
+            // Read-write or not: nothing falls back here.
+            "auto-read-only" if !is_on(value) => {}
+            _ => new.options.set(key, value),
+        }
+    }
+    if !shell.close_image() {
+        return Err(Failure::Told);
+    }
+    let why = match shell.make_image(name.as_deref(), new) {
+        Ok(image) => {
+            shell.image = Some(image);
+            return Ok(());
+        }
+        Err(why) => why,
+    };
+    match shell.make_image(name.as_deref(), old) {
+        Ok(image) => {
+            shell.image = Some(image);
+            Err(Failure::Error(why))
+        }
+        Err(again) => Err(Failure::Error(format!(
+            "{why}\nand the image could not be opened as before: {again}"
+        ))),
+    }
+}
+
+fn is_on(word: &str) -> bool {
+    matches!(word, "on" | "yes" | "true" | "y")
+}
+
+/// Whether an option that is `now` may become `value`.
+fn check(now: Option<&str>, key: &str, value: &str) -> Result<(), String> {
+    let last = key.rsplit('.').next().unwrap_or(key);
+    if now != Some(value) && !CHANGEABLE.contains(&last) {
+        return Err(format!("Cannot change the option '{key}'"));
+    }
+    let switch = is_on(value) || matches!(value, "off" | "no" | "false" | "n");
+    if SWITCHES.contains(&last) && !switch {
+        return Err(format!("Parameter '{key}' expects 'on' or 'off'"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_open_image_can_get() {
+        for (now, key, value, want) in [
+            (Some("qcow2"), "driver", "qcow2", None),
+            (
+                Some("qcow2"),
+                "driver",
+                "raw",
+                Some("Cannot change the option 'driver'"),
+            ),
+            (
+                None,
+                "node-name",
+                "x",
+                Some("Cannot change the option 'node-name'"),
+            ),
+            (None, "cache.direct", "on", None),
+            (
+                None,
+                "read-only",
+                "maybe",
+                Some("Parameter 'read-only' expects 'on' or 'off'"),
+            ),
+            (None, "l2-cache-size", "1M", None),
+        ] {
+            let want = want.map_or(Ok(()), |why| Err(why.to_owned()));
+            assert_eq!(check(now, key, value), want, "{key}={value}");
+        }
+    }
+}
