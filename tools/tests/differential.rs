@@ -5,6 +5,8 @@
 
 mod support;
 
+use std::os::unix::fs::MetadataExt as _;
+
 use support::{Programs, Result_};
 
 /// Images that the commands work on, made by the reference.
@@ -737,6 +739,24 @@ fn created_images_are_equal_to_the_reference() {
             facts(made, &folder)
         };
         assert_eq!(theirs, ours, "{line}");
+    }
+}
+
+/// The first block of a raw image is stored, the rest are holes: direct I/O cannot find its alignment out in a hole.
+#[test]
+fn created_raw_images_begin_with_a_block() {
+    let Some(programs) = Programs::find(FIXTURES) else {
+        return;
+    };
+    for size in ["0", "512", "1000", "4096", "5000", "3M"] {
+        let line = format!("create -q -f raw new {size}");
+        let blocks = |(made, folder): (Result_, std::path::PathBuf)| {
+            assert_eq!(made.status, Some(0), "{line}: {made}");
+            let metadata = std::fs::metadata(folder.join("new")).unwrap();
+            (metadata.len(), metadata.blocks())
+        };
+        let theirs = blocks(programs.reference_in(&line));
+        assert_eq!(theirs, blocks(programs.ours_in(&line)), "{line}");
     }
 }
 

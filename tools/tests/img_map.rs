@@ -108,6 +108,10 @@ fn images_by_options() {
         "map --output=json \
          'json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"over\"}}'",
         "map \"json:{'driver':'raw','file.filename':'raw'}\"",
+        "map --image-opts driver=raw,cache.direct=on,file.filename=u1000 --output=json",
+        "map --image-opts driver=raw,cache.direct=on,file.filename=u70000 --output=json",
+        "map --image-opts driver=raw,cache.direct=on,file.filename=u1000 --output=json -s 1001",
+        "map --image-opts driver=raw,cache.direct=on,file.filename=raw --output=json",
         "map -f file raw",
         "map -f file --output=json three",
         "map file:raw",

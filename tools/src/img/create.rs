@@ -512,6 +512,9 @@ fn make(
 /// Bytes that are written at once for `preallocation=full`.
 const PIECE: usize = 2 << 20;
 
+/// Bytes of the first block of any device.
+const FIRST_BLOCK: usize = 4096;
+
 fn make_raw(
     co: &Co,
     backend: &BlockBackend,
@@ -532,7 +535,14 @@ fn make_raw(
         .truncate(co, size, true)
         .map_err(|error| error.context("Could not resize file"))?;
     match preallocated {
-        Preallocation::Off | Preallocation::Metadata => Ok(()),
+        // The first block is stored, as in the reference: direct I/O cannot find its alignment out in a hole.
+        Preallocation::Off | Preallocation::Metadata => {
+            let zeros = [0; FIRST_BLOCK];
+            let len = usize::try_from(size).map_or(FIRST_BLOCK, |size| size.min(FIRST_BLOCK));
+            backend
+                .pwrite(co, 0, &zeros[..len], RequestFlags::empty())
+                .map_err(|error| error.context("Could not write the first block"))
+        }
         Preallocation::Falloc if size == 0 => Ok(()),
         Preallocation::Falloc => {
             let flags = rustix::fs::FallocateFlags::empty();

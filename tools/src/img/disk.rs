@@ -81,15 +81,21 @@ impl Disk {
     ) -> block::Result<Status> {
         let end = self.backend.len();
         let mut status = if offset < end {
-            question(offset, len.min(end - offset))?
+            let mut status = question(offset, len.min(end - offset))?;
+            if offset + status.len == end {
+                status.len = len.min(status.len + rest_of_block(&status));
+            }
+            status
         } else {
             // The rest of the last sector goes on where the last byte is.
             let mut last = question(end - 1, 1)?;
-            last.place = last.place.map(|(node, at)| (node, at + 1 + (offset - end)));
+            let past = offset - end;
+            let is_data = past < rest_of_block(&last);
+            last.place = last.place.map(|(node, at)| (node, at + 1 + past));
             Status {
                 len,
-                data: false,
-                zero: true,
+                data: is_data,
+                zero: !is_data,
                 allocated: true,
                 ..last
             }
@@ -111,6 +117,18 @@ impl Disk {
             return Ok(());
         }
         self.backend.pread(co, offset, inside)
+    }
+}
+
+/// Bytes behind the last one of a file that are data as it is: where whole blocks are read, a block that is data in its
+/// first part is data.
+fn rest_of_block(last: &Status) -> u64 {
+    match &last.place {
+        Some((node, at)) if last.data => {
+            let end = at + last.len;
+            end.next_multiple_of(node.limits().request_alignment) - end
+        }
+        _ => 0,
     }
 }
 
