@@ -29,6 +29,8 @@ pub(crate) struct Run {
     pub clusters: u64,
     /// The file has never held anything here: it lay past the end, and reads as zeros.
     pub fresh: bool,
+    /// They are not new: zero clusters that kept their place.
+    pub kept: bool,
 }
 
 /// Unmapped clusters that may wait for a flush of the user's; with more, the allocator flushes.
@@ -43,11 +45,22 @@ pub(crate) struct Frees {
     pub durable: Vec<Freed>,
 }
 
+/// Why a cluster is freed, which decides whether its space goes back to the file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Discards {
+    /// The guest said that it does not need it.
+    Request,
+    /// A table has moved.
+    Other,
+    /// It will soon be used again.
+    Never,
+}
+
 /// One count that some cluster will lose.
 #[derive(Clone, Copy)]
 pub(crate) struct Freed {
     pub cluster: HostCluster,
-    /// The guest said that it does not need it: its space goes back to the file system.
+    /// Its space goes back to the file system.
     pub give_back: bool,
 }
 
@@ -94,6 +107,7 @@ impl Qcow2 {
             start,
             clusters,
             fresh,
+            kept: false,
         })
     }
 
@@ -204,12 +218,13 @@ impl Qcow2 {
     pub(crate) fn unmapped(&self, cluster: HostCluster) {
         self.frees.lock().unmapped.push(Freed {
             cluster,
-            give_back: false,
+            give_back: self.passes(Discards::Other),
         });
     }
 
     /// The same for every cluster that an L2 entry referred to.
-    pub(crate) fn unmapped_range(&self, old: L2Entry, give_back: bool) {
+    pub(crate) fn unmapped_range(&self, old: L2Entry, why: Discards) {
+        let give_back = self.passes(why);
         let Some((host, len)) = old.host_range(self.geometry) else {
             return;
         };
@@ -219,6 +234,40 @@ impl Qcow2 {
         for cluster in (first..=last).map(HostCluster) {
             frees.unmapped.push(Freed { cluster, give_back });
         }
+    }
+
+    /// Does the space of clusters that are freed so go back?
+    fn passes(&self, why: Discards) -> bool {
+        match why {
+            Discards::Request => self.pass_discard.request,
+            Discards::Other => self.pass_discard.other,
+            Discards::Never => false,
+        }
+    }
+
+    /// Lowers the counts of a table's clusters. The header that named it is gone for good.
+    ///
+    /// # Errors
+    /// I/O or a damaged image; the rest is leaked.
+    pub(crate) fn free_old_table(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        meta: &mut Meta,
+        at: HostOffset,
+        clusters: u64,
+    ) -> Result<()> {
+        let first = self.geometry.host_cluster(at).0;
+        let mut free = Vec::new();
+        for cluster in (first..first + clusters).map(HostCluster) {
+            if self.change_refcount(co, graph, meta, cluster, false)? == 0 {
+                free.push(self.geometry.host_start(cluster).0);
+            }
+        }
+        if self.passes(Discards::Other) {
+            self.give_back(co, graph, free);
+        }
+        Ok(())
     }
 
     /// Lowers the counts of clusters whose unmapping is durable and which no request uses any more.

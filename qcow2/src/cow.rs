@@ -19,7 +19,7 @@ use coblock_block::types::in_memory;
 use coblock_block::{ErrorKind, GraphRead, RequestFlags, Result};
 use coblock_coroutine::{Co, CoMutexGuard, CoQueue};
 
-use crate::alloc::Run;
+use crate::alloc::{Discards, Run};
 use crate::cache::Pin;
 use crate::entry::L2Entry;
 use crate::image::{Meta, Qcow2, buffer};
@@ -100,6 +100,17 @@ pub(crate) enum Plan {
     Allocate(Arc<PendingAllocation>, Run, Cow),
 }
 
+/// What clusters need before they can be written.
+#[derive(Clone, Copy)]
+enum Need {
+    /// The first one is ours already.
+    Nothing,
+    /// So many have no place of their own.
+    New(u64),
+    /// They read as zeros, and a place is kept for them. What it holds means nothing.
+    Kept(Run),
+}
+
 /// What to write: the part of the request, and what comes before and after it in its clusters.
 pub(crate) struct Cow {
     pub(crate) len: u64,
@@ -162,15 +173,22 @@ impl Qcow2 {
             other => other,
         };
         if !matches!(result, Ok(true)) {
-            // Never mapped, so free at once; what cannot be given back is a leak.
-            if let Err(e) = self.release(co, graph, &mut meta, run) {
-                log::warn!("leaked clusters of a write that failed: {e}");
-            }
+            self.give_up(co, graph, &mut meta, run);
         }
         meta.pending.retain(|other| !Arc::ptr_eq(other, pending));
         drop(meta);
         pending.waiters.wake_all();
         result
+    }
+
+    /// Frees clusters that a write did not come to map. What cannot be given back is a leak.
+    fn give_up(&self, co: &Co, graph: &GraphRead<'_>, meta: &mut Meta, run: Run) {
+        // Kept ones belong to the entries that they had before.
+        if !run.kept
+            && let Err(error) = self.release(co, graph, meta, run)
+        {
+            log::warn!("leaked clusters of a write that failed: {error}");
+        }
     }
 
     /// First step: dependencies, allocation, publication.
@@ -211,17 +229,21 @@ impl Qcow2 {
                 unreachable!("the table was made, and the metadata mutex is held");
             };
             let (_, index) = self.l2_place(at);
-            let want = self.clusters_to_allocate(&pin, index, first, last)?;
-            if want == 0 {
-                return Ok(Plan::Overwrite);
-            }
-            let run = self.allocate(co, graph, &mut meta, want, false)?;
+            let run = match self.need(&pin, index, first, last)? {
+                Need::Nothing => return Ok(Plan::Overwrite),
+                Need::New(clusters) => self.allocate(co, graph, &mut meta, clusters, false)?,
+                Need::Kept(run) => {
+                    let len = run.clusters * self.geometry.cluster_size();
+                    self.check_no_table(co, graph, run.start, len)?;
+                    run
+                }
+            };
             let cow = self.surroundings(&pin, index, at, len, run.clusters);
             drop(pin);
             let cow = match cow {
                 Ok(cow) => cow,
                 Err(error) => {
-                    self.release(co, graph, &mut meta, run)?;
+                    self.give_up(co, graph, &mut meta, run);
                     return Err(error);
                 }
             };
@@ -236,27 +258,53 @@ impl Qcow2 {
         }
     }
 
-    /// How many clusters from `first` to `last` need a new place, in this slice.
-    fn clusters_to_allocate(
+    /// Where clusters from `first` to `last` may be written, as far as one answer goes, in this slice.
+    fn need(
         &self,
         pin: &Pin<'_>,
         index: usize,
         first: GuestCluster,
         last: GuestCluster,
-    ) -> Result<u64> {
+    ) -> Result<Need> {
         let in_slice = (pin.words().len() - index) as u64;
-        let mut clusters = 0;
-        while clusters <= last.0 - first.0 && clusters < in_slice {
-            let at = self.geometry.guest_start(GuestCluster(first.0 + clusters));
-            let raw = pin.load(index + in_memory(clusters));
-            match L2Entry::decode(raw, at, self.geometry) {
-                Ok(L2Entry::Data { copied: true, .. }) => break,
-                Ok(_) => clusters += 1,
-                Err(error) if clusters == 0 => return Err(error.into()),
+        let most = in_slice.min(last.0 - first.0 + 1);
+        let mut need = Need::Nothing;
+        for nth in 0..most {
+            let at = self.geometry.guest_start(GuestCluster(first.0 + nth));
+            let entry = match L2Entry::decode(pin.load(index + in_memory(nth)), at, self.geometry) {
+                Ok(entry) => entry,
+                Err(error) if nth == 0 => return Err(error.into()),
+                // An error of the request that reaches it.
                 Err(_) => break,
-            }
+            };
+            let kept = match entry {
+                L2Entry::Data { copied: true, .. } => break,
+                L2Entry::Zero {
+                    host: Some(host),
+                    copied: true,
+                } => Some(host),
+                _ => None,
+            };
+            need = match (need, kept) {
+                (Need::Nothing, Some(start)) => Need::Kept(Run {
+                    start,
+                    clusters: 1,
+                    fresh: false,
+                    kept: true,
+                }),
+                (Need::Kept(run), Some(host))
+                    if host.0 == run.start.0 + nth * self.geometry.cluster_size() =>
+                {
+                    Need::Kept(Run {
+                        clusters: nth + 1,
+                        ..run
+                    })
+                }
+                (Need::Nothing | Need::New(_), None) => Need::New(nth + 1),
+                _ => break,
+            };
         }
-        Ok(clusters)
+        Ok(need)
     }
 
     /// What surrounds the part of the request that fits in `clusters`.
@@ -388,8 +436,10 @@ impl Qcow2 {
                 slot,
                 L2Entry::Data { host, copied: true }.encode(self.geometry),
             );
-            if let Ok(old) = old {
-                self.unmapped_range(old, false);
+            if let Ok(old) = old
+                && !run.kept
+            {
+                self.unmapped_range(old, Discards::Never);
             }
         }
         Ok(())

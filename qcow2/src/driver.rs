@@ -146,7 +146,7 @@ impl Qcow2 {
 
     /// Writes a first part of the range; returns how much.
     #[inline]
-    fn write_extent(
+    pub(crate) fn write_extent(
         &self,
         co: &Co,
         graph: &GraphRead<'_>,

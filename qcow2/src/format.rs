@@ -7,7 +7,7 @@ use coblock_coroutine::Co;
 
 use crate::error::Error;
 use crate::header::{Compatible, Header};
-use crate::image::{CacheSizes, Qcow2, RequestMode, Tuning};
+use crate::image::{CacheSizes, PassDiscard, Qcow2, RequestMode, Tuning};
 use crate::image_file::ImageFile;
 use crate::types::Version;
 
@@ -15,7 +15,8 @@ use crate::types::Version;
 ///
 /// Options besides those of every node: `file` (needed); `backing` (options of the backing file, instead of what
 /// the image says; empty: none is opened); `l2-cache-size` and `refcount-cache-size` (bytes);
-/// `request-mode` (`mutex` or `serial`, see [`RequestMode`]); `lazy-refcounts` (what the image says; see [`Tuning`]).
+/// `request-mode` (`mutex` or `serial`, see [`RequestMode`]); `lazy-refcounts` (what the image says; see [`Tuning`]);
+/// `pass-discard-request` (on) and `pass-discard-other` (off): see [`PassDiscard`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OpenQcow2;
 
@@ -32,6 +33,14 @@ impl OpenDriver for OpenQcow2 {
             }
         };
         let lazy_refcounts = opening.options().take_bool("lazy-refcounts")?;
+        let mut switch = |name: &str, default: bool| {
+            let given = opening.options().take_bool(name)?;
+            Ok::<_, BlockError>(given.unwrap_or(default))
+        };
+        let pass_discard = PassDiscard {
+            request: switch("pass-discard-request", true)?,
+            other: switch("pass-discard-other", false)?,
+        };
         let file = opening.open_child(co, "file", ChildRole::Storage)?;
         let graph = opening.graph().read(co);
         let header = ImageFile::new(co, &graph, &file).read_header()?;
@@ -61,6 +70,7 @@ impl OpenDriver for OpenQcow2 {
             caches,
             mode,
             lazy_refcounts: lazy_refcounts.unwrap_or(from_header),
+            pass_discard,
         };
         let image = Qcow2::open(co, &graph, file, header, read_only, tuning)?;
         Ok(Box::new(image))

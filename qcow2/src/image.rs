@@ -58,6 +58,7 @@ pub struct Qcow2 {
     stopped: OnceLock<String>,
     /// Counts may stay in memory until the image is closed, or their cache is full of changes.
     pub(crate) lazy_refcounts: bool,
+    pub(crate) pass_discard: PassDiscard,
     pub(crate) header_bits: CoMutex<HeaderBits>,
     /// The corrupt bit is set, or would be if the image were writable: said once.
     pub(crate) corrupt: AtomicBool,
@@ -139,6 +140,17 @@ pub struct Tuning {
     pub mode: RequestMode,
     /// Refcounts may be behind the file's mappings while the image is open, and the dirty bit says so. Version 3 only.
     pub lazy_refcounts: bool,
+    /// Which freed clusters give their space back.
+    pub pass_discard: PassDiscard,
+}
+
+/// Which freed clusters give their space back to the file system.
+#[derive(Clone, Copy, Debug)]
+pub struct PassDiscard {
+    /// Those that a discard freed, or zeroes that may unmap.
+    pub request: bool,
+    /// Those of tables that moved.
+    pub other: bool,
 }
 
 /// Most bytes for L2 slices unless told otherwise: maps 256 GiB in clusters of 64 KiB.
@@ -248,6 +260,7 @@ impl Qcow2 {
             tables,
             stopped: OnceLock::new(),
             lazy_refcounts: tuning.lazy_refcounts,
+            pass_discard: tuning.pass_discard,
             header_bits: CoMutex::new(HeaderBits::new(header.incompatible)),
             corrupt: AtomicBool::new(header.incompatible.contains(Incompatible::CORRUPT)),
             counters: Counters::default(),

@@ -83,4 +83,4 @@ mod zero;
 
 pub use error::{Error, Result};
 pub use format::OpenQcow2;
-pub use image::{CacheSizes, Qcow2, Qcow2Stats, RequestMode, Tuning};
+pub use image::{CacheSizes, PassDiscard, Qcow2, Qcow2Stats, RequestMode, Tuning};

@@ -275,11 +275,6 @@ impl Qcow2 {
             .refcount_blocks_added
             .fetch_add(blocks, Relaxed);
         self.counters.tables_grown.fetch_add(1, Relaxed);
-        // The header that named the old table is gone for good.
-        let old_first = geometry.host_cluster(old_at);
-        for nth in 0..old_clusters {
-            self.change_refcount(co, graph, meta, HostCluster(old_first.0 + nth), false)?;
-        }
-        Ok(())
+        self.free_old_table(co, graph, meta, old_at, old_clusters)
     }
 }

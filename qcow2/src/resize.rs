@@ -3,17 +3,19 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use coblock_aio::IoVec;
+use coblock_block::types::in_memory;
 use coblock_block::{Error as BlockError, ErrorKind, GraphRead, RequestFlags, Result};
 use coblock_coroutine::Co;
 
 use crate::error::Error;
-use crate::image::{Meta, Qcow2, header_field};
+use crate::image::{Meta, Qcow2, buffer, header_field};
 use crate::spec;
-use crate::types::HostCluster;
+use crate::types::{GuestOffset, HostCluster};
 use crate::writeback::Counts;
+use crate::zero::Empty;
 
 impl Qcow2 {
-    /// Makes the disk `len` bytes long; what is added is not allocated.
+    /// Makes the disk `len` bytes long; what is added reads as zeros, and is allocated only where a backing file would show.
     ///
     /// # Errors
     /// A shorter disk, one that is not whole sectors, the limits of the format, or I/O; the size is as before then.
@@ -24,7 +26,6 @@ impl Qcow2 {
             return Err(BlockError::new(ErrorKind::Invalid, why));
         }
         let geometry = self.geometry.with_virtual_size(len)?;
-        let mut meta = self.meta.lock(co);
         let old = self.size.load(Acquire);
         if len < old {
             return Err(Error::Unsupported {
@@ -33,10 +34,40 @@ impl Qcow2 {
             .into());
         }
         if geometry.l1_entries() > self.l1.len() {
+            let mut meta = self.meta.lock(co);
             self.grow_l1(co, graph, &mut meta, geometry.l1_entries())?;
         }
+        self.hide_backing(co, graph, old, len)?;
         self.switch_header(co, graph, spec::HEADER_AT_SIZE, &len.to_be_bytes())?;
         self.size.store(len, Release);
+        Ok(())
+    }
+
+    /// Where the backing file is longer than the disk was, the disk has zeros from `old` to `new`. Nobody else
+    /// writes meanwhile: a resize is alone.
+    fn hide_backing(&self, co: &Co, graph: &GraphRead<'_>, old: u64, new: u64) -> Result<()> {
+        let behind = self.backing.get().map_or(0, |backing| backing.len(graph));
+        let end = new.min(behind);
+        if end <= old {
+            return Ok(());
+        }
+        let size = self.geometry.cluster_size();
+        let whole = old.next_multiple_of(size);
+        if whole < end {
+            let len = (end - whole).next_multiple_of(size);
+            self.empty_clusters(co, graph, GuestOffset(whole), len, Empty::Zero)
+                .map_err(|error| error.context("Failed to zero out new clusters"))?;
+        }
+        let end = whole.min(end);
+        if old == end {
+            return Ok(());
+        }
+        let mut at = old;
+        let zeros = buffer(in_memory(end - old))?;
+        while at < end {
+            let rest = IoVec::from(&zeros[in_memory(at - old)..]);
+            at += self.write_extent(co, graph, GuestOffset(at), rest)? as u64;
+        }
         Ok(())
     }
 
@@ -68,10 +99,7 @@ impl Qcow2 {
             self.tables.insert(HostCluster(first + nth));
         }
         self.counters.tables_grown.fetch_add(1, Relaxed);
-        for nth in 0..geometry.clusters(old_len * spec::TABLE_ENTRY_LEN).0 {
-            let cluster = HostCluster(geometry.host_cluster(old).0 + nth);
-            self.change_refcount(co, graph, meta, cluster, false)?;
-        }
-        Ok(())
+        let old_clusters = geometry.clusters(old_len * spec::TABLE_ENTRY_LEN).0;
+        self.free_old_table(co, graph, meta, old, old_clusters)
     }
 }

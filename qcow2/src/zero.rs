@@ -18,6 +18,7 @@ use coblock_block::types::in_memory;
 use coblock_block::{Error as BlockError, ErrorKind, GraphRead, Result};
 use coblock_coroutine::Co;
 
+use crate::alloc::Discards;
 use crate::entry::L2Entry;
 use crate::image::Qcow2;
 use crate::types::{GuestOffset, HostOffset, Version};
@@ -108,7 +109,12 @@ impl Qcow2 {
                 }
                 pin.store(slot, new.encode(self.geometry));
                 if new.host_range(self.geometry) != old.host_range(self.geometry) {
-                    self.unmapped_range(old, how != Empty::Zero);
+                    let why = if how == Empty::Zero {
+                        Discards::Never
+                    } else {
+                        Discards::Request
+                    };
+                    self.unmapped_range(old, why);
                 }
             }
             return Ok(clusters);
