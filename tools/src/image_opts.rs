@@ -7,13 +7,15 @@
 use crate::json::Json;
 
 /// `key=value`, in the order given; a later pair with the same key overrides an earlier one.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pairs {
     pairs: Vec<(String, String)>,
     /// Words that were given as switches, with what they were taken for: the reference warns about them.
     pub switches: Vec<(String, String)>,
     /// Keys whose value is JSON's `null`: nothing is there, on purpose.
     pub nulls: Vec<String>,
+    /// What was no string in JSON, as it was; it is printed so again.
+    literals: Vec<(String, Json)>,
 }
 
 impl Pairs {
@@ -79,6 +81,15 @@ impl Pairs {
             .rev()
             .find(|(k, _)| k == key)
             .map(|(_, v)| v.as_str())
+    }
+
+    /// The same as it is printed: what was no string in JSON is none.
+    pub fn json(&self, key: &str) -> Json {
+        let literal = self.literals.iter().rev().find(|(k, _)| k == key);
+        match literal {
+            Some((_, value)) => value.clone(),
+            None => Json::from(self.get(key).unwrap_or("")),
+        }
     }
 
     /// Adds a pair that overrides what came before.
@@ -149,6 +160,9 @@ fn flatten(out: &mut Pairs, key: &str, value: &Json) {
         Json::Number(spelled) => spelled.clone(),
         Json::Null => return out.nulls.push(key.to_owned()),
     };
+    if !matches!(value, Json::Text(_)) {
+        out.literals.push((key.to_owned(), value.clone()));
+    }
     out.pairs.push((key.to_owned(), text));
 }
 
@@ -258,6 +272,9 @@ mod tests {
              'on':true,'l':[1,{'k':null}],'o':{}}",
         );
         let pairs = Pairs::from_json(&json.unwrap()).unwrap();
+        assert_eq!(pairs.json("on"), Json::Bool(true));
+        assert_eq!(pairs.json("driver"), Json::from("raw"));
+        assert_eq!(pairs.nulls, ["l.1.k"]);
         assert_eq!(
             pairs.iter().collect::<Vec<_>>(),
             [

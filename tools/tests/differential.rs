@@ -279,6 +279,10 @@ fn image_options() {
         "driver=raw,file.filename=raw,size=5",
         "driver=raw,file.filename=raw,offset=1x",
         "driver=null-co,size=1G",
+        "driver=null-co,size=1M,read-zeroes=on",
+        "driver=qcow2,file.filename=over,backing.driver=raw",
+        "driver=qcow2,file.filename=over,backing.driver=qcow2,backing.file.filename=base",
+        "driver=qcow2,file.filename=orphan,backing=",
         "driver=raw,file.driver=null-co,file.size=1M",
         "driver=raw,file.driver=null-co",
         "driver=qcow2,file.filename=base,node-name=foo,file.locking=off,discard=unmap",
@@ -589,6 +593,10 @@ fn check() {
             lines.push(format!("check {options} {image}"));
         }
     }
+    lines.push("check --output=json --image-opts driver=qcow2,file.filename=over".into());
+    lines.push("check --output=json file:base".into());
+    lines.push("info \"json:{'driver':'raw','file.filename':'raw','size':4096}\"".into());
+    lines.push("info \"json:{'driver':'qcow2','file.filename':'orphan','backing':null}\"".into());
     lines.push("check -f raw raw".into());
     lines.push("check -f raw base".into());
     same(&lines.iter().map(String::as_str).collect::<Vec<_>>());

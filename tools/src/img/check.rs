@@ -131,9 +131,8 @@ fn run(call: &mut Call<'_>) -> Result<u8, Failure> {
             }
         }
         Format::Json => {
-            let filename = spec.keys.get("file.filename").unwrap_or(&spec.shown);
             call.out
-                .line(json(&report, filename, spec.driver()).pretty());
+                .line(json(&report, &spec.shown, spec.driver()).pretty());
         }
     }
     if report.check_errors > 0 {

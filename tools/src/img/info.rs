@@ -119,6 +119,15 @@ fn collect(
     force_share: bool,
 ) -> Result<Vec<Info>, Failure> {
     let mut spec = super::image_spec(call, image, naming)?;
+    let backing = spec
+        .keys
+        .iter()
+        .find(|(key, _)| key.starts_with("backing."));
+    if let Some((key, _)) = backing {
+        // No backing file is opened here, so nobody takes its options.
+        let why = format!("Block format 'qcow2' does not support the option '{key}'");
+        return Err(could_not_open(&spec.shown, &why).into());
+    }
     let session = Session::new(Engine::Auto)?;
     let access = Access {
         force_share,
@@ -253,15 +262,15 @@ fn shown_filename(spec: &ImageSpec) -> String {
         _ => {
             let mut own: Vec<(&str, Json)> = Vec::new();
             let mut file = Vec::new();
-            for (key, value) in keys.iter() {
+            for (key, _) in keys.iter() {
                 match key.strip_prefix("file.") {
-                    Some(key) => file.push((key, Json::from(value))),
-                    None => own.push((key, Json::from(value))),
+                    Some(name) => file.push((name, keys.json(key))),
+                    None => own.push((key, keys.json(key))),
                 }
             }
             // The reference's order of these keys.
             own.sort_by_key(|(key, _)| match *key {
-                "offset" => 0,
+                "offset" | "read-zeroes" => 0,
                 "driver" => 1,
                 _ => 2,
             });
