@@ -193,12 +193,14 @@ impl Qcow2 {
                     self.write_back(co, graph, false, counts)?;
                 }
                 Reserved::Load(load) => {
-                    let mut words = buffer(in_memory(cache.slice_bytes()))?;
+                    let mut words = cache.take_buffer()?;
                     let into = IoVecMut::from(&mut words[..]);
                     self.file
                         .pread(co, graph, host.0, into, RequestFlags::empty())?;
                     let in_place = || place().is_ok_and(|now| now == Some(host));
-                    if let Some(pin) = load.publish(&words, in_place) {
+                    let published = load.publish(&words, in_place);
+                    cache.give_buffer(words);
+                    if let Some(pin) = published {
                         return Ok(Some(pin));
                     }
                 }
