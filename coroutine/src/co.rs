@@ -355,21 +355,10 @@ pub(crate) fn with_thread<R>(f: impl FnOnce(&Thread) -> R) -> R {
     f(unsafe { &*pool::address() })
 }
 
-/// The record of the thread that a live coroutine is bound to, without a look at thread-locals.
-///
-/// # Safety
-/// The calling thread owns this life, and has bound it ([`bind`]).
-#[inline(always)]
-unsafe fn thread_of(control: &Control) -> &Thread {
-    // SAFETY: `bind` stored the record of the calling thread, which lives as long as the thread.
-    unsafe { &*control.bound_to.get().cast::<Thread>() }
-}
-
 /// Binds a coroutine that has never run to the calling thread (rule 1.8).
 #[inline(always)]
 pub(crate) fn bind(thread: &Thread, control: &Control) {
     control.thread.store(thread.number(), Ordering::Relaxed);
-    control.bound_to.set(std::ptr::from_ref(thread).cast());
 }
 
 /// How a resume came back.
@@ -390,13 +379,22 @@ pub enum State {
 #[inline(always)]
 pub(crate) fn resume(thread: &Thread, control: &'static Control) -> State {
     switch(thread, control);
+    if control.only_suspended() {
+        return State::Suspended;
+    }
+    come_back(thread, control)
+}
+
+/// The rest of a resume after which something is left to be done. Not inlined: so the resume itself
+/// is small enough to be, and costs no frame.
+#[inline(never)]
+fn come_back(thread: &Thread, control: &'static Control) -> State {
     if control.phase.get() == Phase::Finished {
         finish(thread, control);
         return State::Finished;
     }
-    if control.wakes_head.get().is_some() {
-        run_woken(thread, control.wakes_head.take(), None);
-    }
+    let woken = control.take_wakes().map(|(first, _)| first);
+    run_woken(thread, woken, None);
     State::Suspended
 }
 
@@ -454,25 +452,19 @@ type Panic = Box<dyn std::any::Any + Send>;
 /// its panic on.
 #[inline(always)]
 fn finish(thread: &Thread, control: &'static Control) {
-    let woken = control.wakes_head.take();
-    let panic = control.panic.take();
     let holds = control.holds[0].get() | control.holds[1].get();
-    if woken.is_none() && panic.is_none() && holds == 0 {
-        release(thread, control);
+    if !control.woke.get() && !control.odd_end.get() && holds == 0 {
+        release_plain(thread, control);
     } else {
-        finish_otherwise(thread, control, woken, panic);
+        let woken = control.take_wakes().map(|(first, _)| first);
+        finish_otherwise(thread, control, woken);
     }
 }
 
 #[cold]
 #[inline(never)]
-fn finish_otherwise(
-    thread: &Thread,
-    control: &'static Control,
-    woken: Option<&'static Control>,
-    panic: Option<Panic>,
-) {
-    let mut panic = panic;
+fn finish_otherwise(thread: &Thread, control: &'static Control, woken: Option<&'static Control>) {
+    let mut panic = control.panic.take();
     let holds = control.holds.each_ref().map(Cell::take);
     if holds != [0, 0] && panic.is_none() {
         // Rule 1.10. Raised like any other panic of the coroutine, so that the place is its
@@ -492,9 +484,16 @@ fn finish_otherwise(
 /// Gives the slot of a finished or never started coroutine back.
 #[inline(always)]
 pub(crate) fn release(thread: &Thread, control: &'static Control) {
-    if control.hooked.get() {
-        return release_hooked(thread, control);
+    if control.odd_end.get() {
+        release_odd(thread, control);
+    } else {
+        release_plain(thread, control);
     }
+}
+
+/// As [`release`], without a look at how it ended.
+#[inline(always)]
+fn release_plain(thread: &Thread, control: &'static Control) {
     // From here on every handle of this life is stale.
     control.life.store(0, Ordering::Relaxed);
     control.phase.set(Phase::Free);
@@ -509,13 +508,15 @@ pub(crate) fn release(thread: &Thread, control: &'static Control) {
     unsafe { control.drop_home(|| thread.put(control)) };
 }
 
-/// As [`release`], for a life whose hook decides what becomes of the stack (rule 1.6). The life is
-/// over already, and current is the resumer.
+/// As [`release`], for a life that has panicked, or whose hook decides what becomes of the stack
+/// (rule 1.6). The life is over already, and current is the resumer.
 #[cold]
 #[inline(never)]
-fn release_hooked(thread: &Thread, control: &'static Control) {
-    control.hooked.set(false);
-    let hook = control.release_hook.take().expect("a hooked life has one");
+fn release_odd(thread: &Thread, control: &'static Control) {
+    control.odd_end.set(false);
+    let Some(hook) = control.release_hook.take() else {
+        return release_plain(thread, control);
+    };
     let ended = Ended {
         id: control.life.swap(0, Ordering::Relaxed),
         name: control.name.get(),
@@ -555,17 +556,15 @@ fn run_woken(thread: &Thread, woken: Option<&'static Control>, panic: Option<Pan
         queue = control.next.take();
         switch(thread, control);
         // Taken out before the release: the slot may live again as soon as it is in the pool.
-        let (head, tail) = (control.wakes_head.take(), control.wakes_tail.take());
-        if let (Some(head), Some(tail)) = (head, tail) {
+        if let Some((head, tail)) = control.take_wakes() {
             tail.next.set(queue);
             queue = Some(head);
         }
         if control.phase.get() == Phase::Finished {
-            let inside = control.panic.take();
             let holds = control.holds.iter().any(|held| held.get() != 0);
-            if inside.is_some() || holds || control.hooked.get() {
+            if holds || control.odd_end.get() {
                 let inside = panic::catch_unwind(panic::AssertUnwindSafe(|| {
-                    finish_otherwise(thread, control, None, inside);
+                    finish_otherwise(thread, control, None);
                 }));
                 // One panic can go on; the hook has reported the others.
                 panic = panic.or(inside.err());
@@ -577,14 +576,6 @@ fn run_woken(thread: &Thread, woken: Option<&'static Control>, panic: Option<Pan
     if let Some(panic) = panic {
         panic::resume_unwind(panic);
     }
-}
-
-/// Resumes a coroutine that its handle has found enterable.
-#[inline(always)]
-pub(crate) fn resume_by_hand(control: &'static Control) -> State {
-    debug_assert!(matches!(control.phase.get(), Phase::New | Phase::Suspended));
-    // SAFETY: a handle stays on the thread that made the coroutine and bound it there.
-    resume(unsafe { thread_of(control) }, control)
 }
 
 /// Resumes a waiter of phase `Waiting` whose operation is complete: now, or from the frame that

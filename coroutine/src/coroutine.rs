@@ -77,10 +77,10 @@ impl Default for CoroutineOptions {
 pub struct Coroutine {
     control: &'static Control,
     life: u64,
+    /// Record of the thread that it is bound to: the handle's own.
+    thread: *const Thread,
     name: &'static str,
     created: &'static Location<'static>,
-    /// Bound to its thread.
-    _bound: PhantomData<*mut ()>,
 }
 
 impl Coroutine {
@@ -136,9 +136,9 @@ impl Coroutine {
         Coroutine {
             control,
             life,
+            thread: std::ptr::from_ref(thread),
             name,
             created,
-            _bound: PhantomData,
         }
     }
 
@@ -152,13 +152,21 @@ impl Coroutine {
     #[track_caller]
     pub fn enter(&self) -> State {
         let control = self.control;
+        control.prefetch_frames();
         if control.life.load(Ordering::Relaxed) != self.life
             || !matches!(control.phase.get(), Phase::New | Phase::Suspended)
-            || control.mark.is_set(self.life)
+            || control.homed.get() && control.mark.is_set(self.life)
         {
             self.refuse(Location::caller());
         }
-        co::resume_by_hand(control)
+        co::resume(self.thread(), control)
+    }
+
+    #[inline(always)]
+    fn thread(&self) -> &Thread {
+        // SAFETY: the record of the thread that made the handle, which lies at its address as long
+        // as that thread lives; and the handle stays on it.
+        unsafe { &*self.thread }
     }
 
     #[cold]
@@ -206,7 +214,7 @@ impl Coroutine {
             "a release hook is set before the first entry, on one that is driven by hand"
         );
         control.release_hook.set(Some(hook));
-        control.hooked.set(true);
+        control.odd_end.set(true);
     }
 
     /// Bytes of its stack, guard page and control block included.
@@ -286,7 +294,7 @@ impl Coroutine {
                 // A `catch_unwind` in the body may stop the unwinding; it starts again at the next
                 // suspend.
                 while self.is_live() && control.phase.get() == Phase::Suspended {
-                    co::resume_by_hand(control);
+                    co::resume(self.thread(), control);
                 }
             }
             // Nobody but us would ever resume it again: it is unwound when its turn in the queue
@@ -442,11 +450,13 @@ where
     let control = thread.take(class)?;
     // A slot comes back from its last life with these as they are here: nothing waits, nothing is
     // held.
-    debug_assert!(control.wakes_head.get().is_none() && control.holds[0].get() == 0);
+    debug_assert!(!control.woke.get() && !control.odd_end.get() && control.holds[0].get() == 0);
+    // Nobody sees it before it has a life; neighbours, so that they are one store.
+    control.phase.set(Phase::New);
     control.pending.set(false);
     control.unwinding.set(false);
-    control.detached.set(false);
     control.suspended.set(false);
+    control.detached.set(false);
     control.name.set(name);
     control.created.set(created);
     if let Some(home) = home {
@@ -462,7 +472,6 @@ where
         // SAFETY: as above.
         unsafe { control.prepare(move || run(control, |co| f(co))) };
     }
-    control.phase.set(Phase::New);
     control.life.store(thread.new_life(), Ordering::Release);
     Ok(control)
 }
@@ -483,5 +492,6 @@ where
 fn keep_panic(control: &'static Control, panic: Box<dyn Any + Send>) {
     if !panic.is::<ForcedUnwind>() {
         control.panic.set(Some(panic));
+        control.odd_end.set(true);
     }
 }
