@@ -232,6 +232,32 @@ impl Child {
         self.node.block_status(co, graph, (offset, len))
     }
 
+    /// Is it known, without reading, that all of the range reads as zeros? Past the end it does. True at some time during
+    /// the call.
+    ///
+    /// # Errors
+    /// What a driver returned.
+    pub fn reads_as_zeros(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+    ) -> Result<bool> {
+        let node = self.node(graph);
+        let end = offset.saturating_add(len);
+        let mut at = offset;
+        while at < end.min(node.len()) {
+            let status = node.map(co, graph, (at, end - at))?;
+            if status.len > 0 && !status.zero {
+                return Ok(false);
+            }
+            // It was made shorter just now: the rest is past its end.
+            at += if status.len > 0 { status.len } else { end - at };
+        }
+        Ok(true)
+    }
+
     /// How many bytes of storage the node below takes up, holes left out. Suspends.
     ///
     /// # Errors

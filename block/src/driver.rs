@@ -88,6 +88,23 @@ pub trait Driver: Send + Sync + 'static {
         Err(self.not_supported("writing zeroes"))
     }
 
+    /// The same for a part of one block of [`Limits::zero_alignment`]. A driver can do that without
+    /// writing where all of the block reads as zeros then. Suspends.
+    ///
+    /// # Errors
+    /// `NotSupported` makes the node write zeros instead.
+    fn pwrite_zeroes_within_block(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let _ = (co, graph, offset, len, flags);
+        Err(self.not_supported("writing zeroes to a part of a block"))
+    }
+
     /// Gives the storage of the range back; what is read there afterwards is the driver's choice.
     /// Suspends. Aligned to [`Limits::discard_alignment`], except that it may end at the end of the
     /// node.

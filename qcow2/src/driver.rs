@@ -246,13 +246,19 @@ impl Driver for Qcow2 {
         flags: RequestFlags,
     ) -> Result<()> {
         let _turn = self.turn(co);
-        let unmap = flags.contains(RequestFlags::MAY_UNMAP);
-        let how = if unmap {
-            Empty::ZeroAndUnmap
-        } else {
-            Empty::Zero
-        };
-        self.empty_clusters(co, graph, GuestOffset(offset), len, how)
+        self.empty_clusters(co, graph, GuestOffset(offset), len, Empty::asked(flags))
+    }
+
+    fn pwrite_zeroes_within_block(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+        flags: RequestFlags,
+    ) -> Result<()> {
+        let _turn = self.turn(co);
+        self.empty_part(co, graph, GuestOffset(offset), len, Empty::asked(flags))
     }
 
     fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {

@@ -9,16 +9,18 @@
 //!
 //! Version 2 has no zero flag: without a backing file "unallocated" says the same, with one nothing
 //! does, and the block layer writes zeros. Whole clusters only; the last one may be cut off by the end of
-//! the disk. A range with a pending allocation is waited for (rule 9.1); freed clusters go the way of all
-//! others (rule 9.2), and those of a discard are given back to the file system on it.
+//! the disk, and a part of one is as good as all of it where the rest reads as zeros without data. A range
+//! with a pending allocation is waited for (rule 9.1); freed clusters go the way of all others (rule 9.2),
+//! and those of a discard are given back to the file system on it.
 
 use std::sync::atomic::Ordering::Relaxed;
 
 use coblock_block::types::in_memory;
-use coblock_block::{Error as BlockError, ErrorKind, GraphRead, Result};
+use coblock_block::{Error as BlockError, ErrorKind, GraphRead, RequestFlags, Result};
 use coblock_coroutine::Co;
 
 use crate::alloc::Discards;
+use crate::cache::Pin;
 use crate::entry::L2Entry;
 use crate::image::Qcow2;
 use crate::types::{GuestOffset, HostOffset, Version};
@@ -32,6 +34,17 @@ pub(crate) enum Empty {
     ZeroAndUnmap,
     /// Their space is given back; they read as zeros where the format can say so.
     Discard,
+}
+
+impl Empty {
+    /// What a request to write zeroes asks for.
+    pub(crate) fn asked(flags: RequestFlags) -> Self {
+        if flags.contains(RequestFlags::MAY_UNMAP) {
+            Self::ZeroAndUnmap
+        } else {
+            Self::Zero
+        }
+    }
 }
 
 impl Qcow2 {
@@ -103,21 +116,89 @@ impl Qcow2 {
                 let slot = index + in_memory(nth);
                 let guest = GuestOffset(at.0 + nth * size);
                 let old = L2Entry::decode(pin.load(slot), guest, self.geometry)?;
-                let new = self.emptied(old, how);
-                if new == old {
-                    continue;
-                }
-                pin.store(slot, new.encode(self.geometry));
-                if new.host_range(self.geometry) != old.host_range(self.geometry) {
-                    let why = if how == Empty::Zero {
-                        Discards::Never
-                    } else {
-                        Discards::Request
-                    };
-                    self.unmapped_range(old, why);
-                }
+                self.empty_entry(&pin, slot, old, how);
             }
             return Ok(clusters);
+        }
+    }
+
+    /// Empties the cluster that a part of `len` bytes at `at` lies in, where all of it reads as zeros then.
+    ///
+    /// # Errors
+    /// `NotSupported` where the rest is data, or nobody knows what it is; as [`Qcow2::empty_clusters`].
+    pub(crate) fn empty_part(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        len: u64,
+        how: Empty,
+    ) -> Result<()> {
+        let not_supported = |why| Err(BlockError::new(ErrorKind::NotSupported, why));
+        if self.geometry.version() == Version::V2 && self.has_backing() {
+            return not_supported("a version 2 image cannot hide its backing file");
+        }
+        let cluster = self.geometry.guest_cluster(at);
+        let start = self.geometry.guest_start(cluster);
+        let end = at.0 + len;
+        let cluster_end = start.0 + self.geometry.cluster_size();
+        assert!(end <= cluster_end, "a part of one cluster");
+        let (_, slot) = self.l2_place(at);
+        // Nobody writes to a backing file below an image that is open.
+        let mut zeros_below = !self.has_backing();
+        loop {
+            let mut meta = self.meta.lock(co);
+            self.check_intact()?;
+            if let Some(other) = meta.pending_in(cluster, 1) {
+                self.counters.dependency_waits.fetch_add(1, Relaxed);
+                other.wait(co, meta);
+                continue;
+            }
+            if self.l2_table_of(at)?.is_some() || zeros_below {
+                self.own_l2_table(co, graph, &mut meta, at)?;
+                let Some(pin) = self.pin_l2(co, graph, at)? else {
+                    unreachable!("the table was made, and the metadata mutex is held");
+                };
+                match L2Entry::decode(pin.load(slot), start, self.geometry)? {
+                    old @ L2Entry::Zero { .. } => {
+                        self.empty_entry(&pin, slot, old, how);
+                        return Ok(());
+                    }
+                    L2Entry::Unallocated if zeros_below => {
+                        self.empty_entry(&pin, slot, L2Entry::Unallocated, how);
+                        return Ok(());
+                    }
+                    L2Entry::Unallocated => {}
+                    _ => return not_supported("the rest of the cluster is data"),
+                }
+            }
+            drop(meta);
+            for (from, to) in [(start.0, at.0), (end, cluster_end)] {
+                let Some(backing) = self.backing.get() else {
+                    unreachable!("without one there are zeros below");
+                };
+                if !backing.reads_as_zeros(co, graph, from, to - from)? {
+                    return not_supported("the rest of the cluster is in the backing file");
+                }
+            }
+            zeros_below = true;
+        }
+    }
+
+    /// Turns the entry in `slot`, which is `old`, into what it becomes.
+    fn empty_entry(&self, pin: &Pin<'_>, slot: usize, old: L2Entry, how: Empty) {
+        let new = self.emptied(old, how);
+        if new == old {
+            return;
+        }
+        pin.store(slot, new.encode(self.geometry));
+        if new.host_range(self.geometry) != old.host_range(self.geometry) {
+            let why = if how == Empty::Zero {
+                Discards::Never
+            } else {
+                Discards::Request
+            };
+            self.unmapped_range(old, why);
         }
     }
 

@@ -4,7 +4,8 @@ mod support;
 
 use coblock_aio::{ContextOptions, EngineKind, Home};
 use coblock_block::{
-    BlockBackend, DriverRegistry, Graph, LikeReference, Options, RequestFlags, Status, open,
+    BlockBackend, DriverRegistry, ErrorKind, Graph, LikeReference, Options, RequestFlags, Status,
+    open,
 };
 use coblock_coroutine::Co;
 use coblock_qcow2::OpenQcow2;
@@ -293,6 +294,56 @@ fn a_status_follows_changes() {
         );
         assert_eq!(told(2 << 20, 1), (0, false, false, false));
         assert!(backend.allocated_bytes(co).unwrap() > 0);
+    });
+}
+
+/// Zeroes on a part of a cluster allocate nothing where the rest reads as zeros: in an empty image, over an empty part of a
+/// backing file, in a cluster that is zeros already. Beside data they are written.
+#[test]
+fn zeroes_on_a_part_of_a_cluster() {
+    const K: u64 = 1 << 10;
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name| folder.path().join(name);
+    let (below, above) = (path("below.qcow2"), path("above.qcow2"));
+    let create = ["-f", "qcow2", "-o", "cluster_size=4k"];
+    let data = ["write -P 1 0 64k", "write -P 1 100k 28k"];
+    let Some(()) = make(&below, &create, "1M", &data) else {
+        return;
+    };
+    let over = ["-f", "qcow2", "-F", "qcow2", "-b", below.to_str().unwrap()];
+    make(&above, &over, "1M", &[]).unwrap();
+    let part = RequestFlags::NO_FALLBACK;
+    with_image(&above, |co, backend| {
+        let told = |offset| {
+            let status = backend.block_status(co, offset, 1).unwrap();
+            (status.data, status.zero, status.allocated)
+        };
+        let zeros = (false, true, true);
+        for (name, offset, len) in [
+            ("nothing below", 200 * K, K),
+            ("two halves of clusters", 300 * K, 40 * K),
+            ("once more", 201 * K, 1),
+            ("all that is data below", 100 * K, 28 * K),
+        ] {
+            let zeroed = backend.pwrite_zeroes(co, offset, len, part);
+            assert!(zeroed.is_ok(), "{name}: {zeroed:?}");
+            for at in [offset, offset + len - 1] {
+                assert_eq!(told(at), zeros, "{name}: {at}");
+            }
+        }
+        let beside = backend.pwrite_zeroes(co, 0, K, part).unwrap_err();
+        assert_eq!(beside.kind(), ErrorKind::NotSupported);
+        assert_eq!(told(0), (false, false, false));
+        backend.pwrite_zeroes(co, 0, K, NONE).unwrap();
+        assert_eq!(told(0), (true, false, true));
+        let mut bytes = [9; 2048];
+        backend.pread(co, 0, &mut bytes[..]).unwrap();
+        assert!(bytes[..1024].iter().all(|&b| b == 0) && bytes[1024..].iter().all(|&b| b == 1));
+        backend.pwrite(co, 200 * K, &[7; 10][..], NONE).unwrap();
+        let mut bytes = [9; 20];
+        backend.pread(co, 200 * K - 5, &mut bytes[..]).unwrap();
+        assert_eq!(bytes[5..15], [7; 10]);
+        assert_eq!((bytes[0], bytes[19]), (0, 0));
     });
 }
 

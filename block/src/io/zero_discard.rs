@@ -1,7 +1,7 @@
 //! Writing zeroes and discarding: whole blocks to the driver, the odd ends as ordinary writes.
 
 use super::MAX_BOUNCE;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
 use crate::graph::GraphRead;
 use crate::node::Node;
 use crate::request_table::RequestKind;
@@ -51,9 +51,6 @@ impl Node {
             align_down(end, align)
         };
         let middle_end = whole_end.max(middle);
-        if flags.contains(RequestFlags::NO_FALLBACK) && (offset < middle || middle_end < end) {
-            return Err(self.no_zeroes(offset));
-        }
         // The middle first: it may tell that there is no other way than to write it all.
         let driver_flags = if self.discard {
             flags
@@ -77,8 +74,10 @@ impl Node {
             }
             at += part;
         }
-        self.write_zero_bytes(co, graph, offset, middle, flags)?;
-        self.write_zero_bytes(co, graph, at, end, flags)?;
+        // What the driver did not take of the middle.
+        self.write_zero_bytes(co, graph, at, middle_end, flags)?;
+        self.zero_within_block(co, graph, offset, middle, flags, driver_flags)?;
+        self.zero_within_block(co, graph, middle_end, end, flags, driver_flags)?;
         // The driver's zeroes are not covered by a native FUA of the writes around them.
         if flags.contains(RequestFlags::FUA) {
             self.flush_driver(co, graph)
@@ -87,10 +86,36 @@ impl Node {
         }
     }
 
-    #[cold]
-    fn no_zeroes(&self, offset: u64) -> Error {
-        let message = "Writing these zeroes needs a buffer, which the request forbids";
-        self.failed(Error::new(ErrorKind::NotSupported, message), offset)
+    /// An odd end: the driver may know that the rest of the block reads as zeros too.
+    fn zero_within_block(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        start: u64,
+        end: u64,
+        flags: RequestFlags,
+        driver_flags: RequestFlags,
+    ) -> Result<()> {
+        if start >= end {
+            return Ok(());
+        }
+        let zeroed =
+            self.driver
+                .pwrite_zeroes_within_block(co, graph, start, end - start, driver_flags);
+        self.mark_unflushed();
+        match zeroed {
+            Ok(()) => {
+                self.grow_to(end);
+                Ok(())
+            }
+            Err(error)
+                if error.kind() == ErrorKind::NotSupported
+                    && !flags.contains(RequestFlags::NO_FALLBACK) =>
+            {
+                self.write_zero_bytes(co, graph, start, end, flags)
+            }
+            Err(error) => Err(self.failed(error, start)),
+        }
     }
 
     /// Writes zeros from memory from `start` to `end`.
