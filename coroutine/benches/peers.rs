@@ -33,6 +33,8 @@ trait Lib: 'static {
     fn suspend(y: &Self::Y);
     /// Gives the stack of one that has ended back.
     fn finish(co: Self::Co);
+    /// Makes a coroutine on a stack that is mapped for it, runs it to its end, and unmaps it.
+    fn run_on_a_new_stack();
 }
 
 struct Ours;
@@ -55,6 +57,13 @@ impl Lib for Ours {
     #[inline(always)]
     fn finish(co: Coroutine) {
         drop(co);
+    }
+    /// Stacks are never unmapped, and the next coroutine would get this one: so it suspends, and
+    /// keeps it for ever.
+    fn run_on_a_new_stack() {
+        let co = Coroutine::new(|co| co.suspend()).expect("a stack");
+        assert_eq!(co.enter(), State::Suspended);
+        std::mem::forget(co);
     }
 }
 
@@ -81,6 +90,13 @@ impl Lib for Raw {
     #[inline(always)]
     fn finish(co: Self::Co) {
         RAW.with_borrow_mut(|stacks| stacks.push(co.into_stack()));
+    }
+    fn run_on_a_new_stack() {
+        let mut co = corosensei::Coroutine::with_stack(
+            DefaultStack::new(256 << 10).expect("a stack"),
+            |_: &Yielder<(), ()>, ()| (),
+        );
+        co.resume(());
     }
 }
 
@@ -126,48 +142,88 @@ impl Lib for GeneratorCrate {
     fn finish(co: Gen) {
         GENS.with_borrow_mut(|kept| kept.push(co));
     }
+    fn run_on_a_new_stack() {
+        let mut co = Gn::<()>::new_scoped_opt_local((256 << 10) / 8, move |s| drop(lent(s)));
+        co.resume();
+    }
 }
 
 // ---- bodies
 
 fn yields<L: Lib>(n: u64) {
-    let mut co = L::create(move |y| (0..n).for_each(|_| L::suspend(y)));
-    while L::enter(&mut co) {}
+    let left = Rc::new(Cell::new(n));
+    let inside = left.clone();
+    let mut co = L::create(move |y| {
+        while inside.get() > 0 {
+            inside.set(inside.get() - 1);
+            L::suspend(y);
+        }
+    });
+    while left.get() > 0 {
+        L::enter(&mut co);
+    }
+    assert!(!L::enter(&mut co));
     L::finish(co);
 }
 
 /// Ten distinct functions: one recursive function would flatter the return predictor.
 #[inline(never)]
-fn frame<const D: u32>(f: &mut dyn FnMut()) {
-    match D {
-        9 => frame::<8>(f),
-        8 => frame::<7>(f),
-        7 => frame::<6>(f),
-        6 => frame::<5>(f),
-        5 => frame::<4>(f),
-        4 => frame::<3>(f),
-        3 => frame::<2>(f),
-        2 => frame::<1>(f),
-        1 => frame::<0>(f),
+fn frame<const D: u32, R>(f: &mut dyn FnMut() -> R) -> R {
+    let answer = match D {
+        9 => frame::<8, R>(f),
+        8 => frame::<7, R>(f),
+        7 => frame::<6, R>(f),
+        6 => frame::<5, R>(f),
+        5 => frame::<4, R>(f),
+        4 => frame::<3, R>(f),
+        3 => frame::<2, R>(f),
+        2 => frame::<1, R>(f),
+        1 => frame::<0, R>(f),
         _ => f(),
-    }
+    };
     // Keeps the frame: no tail call.
+    black_box(&answer);
     black_box(D);
+    answer
 }
 
 fn down_up<L: Lib>(n: u64) {
-    let mut co = L::create(move |y| (0..n).for_each(|_| frame::<9>(&mut || L::suspend(y))));
-    while L::enter(&mut co) {}
+    let left = Rc::new(Cell::new(n));
+    let inside = left.clone();
+    let mut co = L::create(move |y| {
+        while inside.get() > 0 {
+            inside.set(inside.get() - 1);
+            frame::<9, ()>(&mut || L::suspend(y));
+        }
+    });
+    while left.get() > 0 {
+        L::enter(&mut co);
+    }
+    assert!(!L::enter(&mut co));
     L::finish(co);
 }
 
 fn enter_from_depth<L: Lib>(n: u64) {
-    let mut co = L::create(move |y| (0..n).for_each(|_| L::suspend(y)));
-    let mut more = true;
-    while more {
-        frame::<9>(&mut || more = L::enter(&mut co));
+    let left = Rc::new(Cell::new(n));
+    let inside = left.clone();
+    let mut co = L::create(move |y| {
+        while inside.get() > 0 {
+            inside.set(inside.get() - 1);
+            L::suspend(y);
+        }
+    });
+    while left.get() > 0 {
+        frame::<9, bool>(&mut || L::enter(&mut co));
     }
+    assert!(!L::enter(&mut co));
     L::finish(co);
+}
+
+/// A stack that nobody has used before.
+fn unpooled<L: Lib>(n: u64) {
+    for _ in 0..n {
+        L::run_on_a_new_stack();
+    }
 }
 
 fn lifecycle<L: Lib>(n: u64) {
@@ -238,9 +294,7 @@ fn calls(n: u64) {
 
 fn calls_down_up(n: u64) {
     (0..n).for_each(|i| {
-        frame::<9>(&mut || {
-            black_box(callee(i));
-        })
+        frame::<9, u64>(&mut || callee(i));
     });
 }
 
@@ -385,6 +439,7 @@ fn add<L: Lib>(rows: &mut Vec<Row>) {
     add("lifecycle", 200_000, lifecycle::<L>);
     add("cost", 100_000, cost::<L>);
     add("nesting", 20_000, nesting::<L>);
+    add("unpooled", 1_000, unpooled::<L>);
 }
 
 fn rows() -> Vec<Row> {
@@ -436,6 +491,11 @@ fn main() {
         let found = rows.iter().find(|r| r.row == row && r.subject == subject);
         return (found.expect("no such row").body)(n.parse().expect("a number"));
     }
+    if let [memory, n] = &args[..]
+        && memory == "memory"
+    {
+        return tell_memory(n.parse().expect("a number"));
+    }
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); rows.len()];
     for round in 0..=ROUNDS {
         for (row, times) in rows.iter().zip(&mut times) {
@@ -479,11 +539,49 @@ fn main() {
             _ => println!(" - |"),
         }
     }
+    println!("\n| coroutines | bytes resident each | of page tables each | mappings more |");
+    println!("|---|---|---|---|");
+    for n in [1_000, 10_000, 100_000, 1_000_000] {
+        // Each in a process of its own.
+        let mut child = std::process::Command::new(std::env::current_exe().expect("a name"));
+        let ended = child.args(["memory", &n.to_string()]).status();
+        assert!(ended.expect("it runs").success(), "{n} coroutines");
+    }
     if let [svg, file] = &args[..]
         && svg == "--svg"
     {
         std::fs::write(file, chart(&names, &of)).expect("the chart can be written");
     }
+}
+
+/// What `n` suspended coroutines take: resident memory, page tables, mappings.
+fn tell_memory(n: usize) {
+    let used = || {
+        let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("Linux");
+        let kib = |field: &str| -> usize {
+            let line = status.lines().find(|line| line.starts_with(field));
+            let number = line.and_then(|line| line.split_whitespace().nth(1));
+            number.expect("a number").parse().expect("a number")
+        };
+        (kib("VmRSS:"), kib("VmPTE:"), maps.lines().count())
+    };
+    let mut all = Vec::with_capacity(n);
+    let before = used();
+    for _ in 0..n {
+        all.push(Coroutine::new(|co| co.suspend()).expect("a stack"));
+    }
+    all.iter()
+        .for_each(|co| assert_eq!(co.enter(), State::Suspended));
+    let after = used();
+    let each = |kib: usize| kib * 1024 / n;
+    println!(
+        "| {n} | {} | {} | {} |",
+        each(after.0 - before.0) - size_of::<Coroutine>(),
+        each(after.1 - before.1),
+        after.2 - before.2
+    );
+    std::mem::forget(all);
 }
 
 /// Bars, one group a row, on a logarithmic scale from 1 ns to 10 us.

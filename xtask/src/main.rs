@@ -1,10 +1,11 @@
 //! Development tasks: `cargo xtask TASK`, a module each.
 //!
-//! They run from anywhere inside the workspace and need nothing but cargo and, for `bench`, qemu-img.
+//! They run from anywhere inside the workspace and need nothing but cargo, for `bench` qemu-img, and for `counts` valgrind.
 
 mod bench;
 mod child;
 mod ci;
+mod counts;
 mod graph;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ Usage: cargo xtask TASK
   ci [STEP...]     what CI runs: .ci/run
   graph [--all]    who uses whom, crate by crate (--all: dependencies from outside too)
   bench [OPTIONS]  ours beside qemu-img bench, other implementations and the floor; --help lists the options
+  counts [OPTIONS] instructions per operation against docs/counts.json; --help lists the options
 ";
 
 /// What a task returns: an error is printed as it is, and the exit status is 1.
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
         Some("ci") => ci::run(&rest),
         Some("graph") => graph::run(&rest),
         Some("bench") => bench::run(&rest),
+        Some("counts") => counts::run(&rest),
         Some("help" | "--help" | "-h") => {
             print!("{USAGE}");
             Ok(())
