@@ -143,7 +143,7 @@ impl Lib for GeneratorCrate {
         GENS.with_borrow_mut(|kept| kept.push(co));
     }
     fn run_on_a_new_stack() {
-        let mut co = Gn::<()>::new_scoped_opt_local((256 << 10) / 8, move |s| drop(lent(s)));
+        let mut co = Gn::<()>::new_scoped_opt_local((256 << 10) / 8, move |s| _ = lent(s));
         co.resume();
     }
 }

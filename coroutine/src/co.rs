@@ -379,22 +379,14 @@ pub enum State {
 #[inline(always)]
 pub(crate) fn resume(thread: &Thread, control: &'static Control) -> State {
     switch(thread, control);
-    if control.only_suspended() {
-        return State::Suspended;
-    }
-    come_back(thread, control)
-}
-
-/// The rest of a resume after which something is left to be done. Not inlined: so the resume itself
-/// is small enough to be, and costs no frame.
-#[inline(never)]
-fn come_back(thread: &Thread, control: &'static Control) -> State {
     if control.phase.get() == Phase::Finished {
         finish(thread, control);
         return State::Finished;
     }
-    let woken = control.take_wakes().map(|(first, _)| first);
-    run_woken(thread, woken, None);
+    if control.woke.get() {
+        let woken = control.take_wakes().map(|(first, _)| first);
+        run_woken(thread, woken, None);
+    }
     State::Suspended
 }
 

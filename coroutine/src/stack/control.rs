@@ -339,12 +339,6 @@ impl Control {
         }
     }
 
-    /// Whether the coroutine has suspended, and has woken nobody: nothing is left to be done.
-    #[inline(always)]
-    pub(crate) fn only_suspended(&self) -> bool {
-        self.phase.get() != Phase::Finished && !self.woke.get()
-    }
-
     /// Size class of the stack.
     pub(crate) fn class(&self) -> usize {
         usize::from(self.class)
