@@ -16,6 +16,7 @@ fn cached_requests_take_no_lock() {
         let params = Params {
             flushes: 0,
             zeros: 0,
+            copies: 0,
             ..Params::draw(seed)
         };
         let session = sim::session();

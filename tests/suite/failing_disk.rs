@@ -28,6 +28,7 @@ fn params() -> Params {
         hot: 30,
         requests: 60,
         fill: 0,
+        copies: 5,
         lazy: false,
         serial: false,
     }
@@ -84,7 +85,9 @@ fn run(params: &Params, fault: Option<(Fault, Told)>, story: &str) -> Counts {
     let backend = session
         .open(sim::image(&left).with("read-only", "on"), &DenyAll)
         .expect("reopen");
-    let bytes = session.home.run(|co| load::read_all(co, &backend, 1 << 18));
+    let bytes = session
+        .home
+        .run(|co| load::read_size(co, &backend, 1 << 18, params.size));
     session.close(backend);
     session.end();
     let judged = loaded.history.after_power_cut(usize::MAX, 0, &bytes);

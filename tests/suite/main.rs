@@ -8,6 +8,7 @@ mod complete;
 mod failing_disk;
 mod fidelity;
 mod power_cut;
+mod same_as_qemu_io;
 mod simulated;
 mod they_read_ours;
 mod we_read_theirs;

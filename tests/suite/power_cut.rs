@@ -66,6 +66,7 @@ fn params(seed: u64, cluster_bits: u32, refcount_order: u32, size: u64) -> Param
         hot: 40,
         requests: 80,
         fill: 0,
+        copies: 5,
         lazy: false,
         serial: false,
     }
@@ -197,7 +198,7 @@ impl Bench {
         let bytes = self
             .session
             .home
-            .run(|co| load::read_all(co, &backend, 1 << 18));
+            .run(|co| load::read_size(co, &backend, 1 << 18, history.size()));
         self.session.close(backend);
         if let Err(violation) = history.after_power_cut(at, 0, &bytes) {
             self.fail(left, &format!("{story}: {violation}"));
@@ -209,7 +210,7 @@ impl Bench {
             let again = self
                 .session
                 .home
-                .run(|co| load::read_all(co, &backend, 1 << 18));
+                .run(|co| load::read_size(co, &backend, 1 << 18, history.size()));
             self.session.close(backend);
             assert_same(&format!("{story}: repaired"), &again, &bytes);
             self.judge_soundness(&repaired, &format!("{story}: repaired"));
@@ -245,7 +246,7 @@ impl Bench {
                 history.end_write(id);
             }
             let token = history.begin_read();
-            let bytes = load::read_all(co, &backend, 1 << 18);
+            let bytes = load::read_size(co, &backend, 1 << 18, history.size());
             history
                 .end_read(&token, 0, &bytes)
                 .unwrap_or_else(|v| panic!("{story}, written to again: {v}"));

@@ -8,7 +8,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use coblock::aio::{AlignedBuf, Home};
-use coblock::block::{BlockBackend, RequestFlags};
+use coblock::block::drivers::sim::SimDisk;
+use coblock::block::{self, BlockBackend, DenyAll, DriverRegistry, Options, RequestFlags};
 use coblock::coroutine::Co;
 
 use super::model::{History, Puts, Violation};
@@ -211,6 +212,31 @@ fn request(
             shared.borrow_mut().history.end_write(id);
             Ok(())
         }
+        Op::Copy { offset, len } => {
+            let mut buf = vec![0; len];
+            let id = shared
+                .borrow_mut()
+                .history
+                .begin_write(offset, &mut buf, log());
+            let options = Options::new()
+                .with("driver", "sim")
+                .with_object("disk", SimDisk::with_contents(&buf));
+            let registry = DriverRegistry::with_builtin();
+            let node = block::open(co, backend.graph(), &registry, &DenyAll, options)?;
+            let source = BlockBackend::new(backend.graph(), node);
+            let copied = source.copy_range(co, 0, backend, offset, len as u64);
+            source.close(co)?;
+            copied?;
+            shared.borrow_mut().history.end_write(id);
+            Ok(())
+        }
+        Op::Grow { len } => {
+            match backend.truncate(co, len, true) {
+                // Somebody else has made it longer.
+                Err(_) if backend.len() > len => Ok(()),
+                grown => Ok(grown?),
+            }
+        }
         Op::Flush => {
             let began = shared.borrow_mut().history.begin_flush();
             backend.flush(co)?;
@@ -218,6 +244,17 @@ fn request(
             Ok(())
         }
     }
+}
+
+/// Reads the first `size` bytes of the disk like [`read_all`]; a disk that has grown has zeros behind.
+pub fn read_size(co: &Co, backend: &BlockBackend, step: usize, size: u64) -> Vec<u8> {
+    let mut bytes = read_all(co, backend, step);
+    let behind = bytes.split_off(usize::try_from(size).expect("a small disk"));
+    assert!(
+        behind.iter().all(|b| *b == 0),
+        "what was added is not zeros"
+    );
+    bytes
 }
 
 /// Reads the whole disk in pieces of `step` bytes, one after the other.

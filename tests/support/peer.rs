@@ -38,7 +38,12 @@ pub fn qemu_img<S: AsRef<OsStr>>(words: &[S]) -> String {
 
 /// Runs `qemu-io -f FORMAT` on `image` with one `-c` for each command; panics if it fails.
 pub fn qemu_io(format: &str, image: &Path, commands: &[String]) -> String {
-    let mut words: Vec<&OsStr> = vec!["-f".as_ref(), format.as_ref()];
+    qemu_io_with(&["-f", format], image, commands)
+}
+
+/// The same with any options.
+pub fn qemu_io_with(options: &[&str], image: &Path, commands: &[String]) -> String {
+    let mut words: Vec<&OsStr> = options.iter().map(AsRef::as_ref).collect();
     for command in commands {
         words.push("-c".as_ref());
         words.push(command.as_ref());

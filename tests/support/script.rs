@@ -21,6 +21,10 @@ pub enum Op {
     },
     /// Give back the storage of `len` bytes at `offset`.
     Discard { offset: u64, len: usize },
+    /// Copy `len` bytes, stamped by the model, from another disk to `offset`.
+    Copy { offset: u64, len: usize },
+    /// Make the disk `len` bytes long, if it is shorter.
+    Grow { len: u64 },
     /// Make everything that has ended durable.
     Flush,
 }
@@ -45,6 +49,8 @@ pub struct Params {
     pub flushes: u64,
     /// Percent of the writes that write zeros or discard instead.
     pub zeros: u64,
+    /// Percent of the writes that copy from another disk instead, and as many that make the disk longer.
+    pub copies: u64,
     /// Percent of requests that go into a small part of the disk, so that they meet.
     pub hot: u64,
     pub requests: usize,
@@ -112,6 +118,7 @@ impl Params {
             fill: block_covers * 9 / 8,
             lazy: version == 3 && rng.chance(30),
             serial: rng.chance(20),
+            copies: rng.pick(&[0, 5]),
         }
     }
 
@@ -164,6 +171,15 @@ impl Params {
         if kind >= self.flushes + self.writes {
             return Op::Read { offset, len };
         }
+        if rng.chance(self.copies) {
+            return Op::Copy { offset, len };
+        }
+        if rng.chance(self.copies) {
+            // An L2 table more each time, so that the L1 table moves too.
+            let l2_covers = (1u64 << self.cluster_bits) << (self.cluster_bits - 3);
+            let len = self.size + (rng.below(40) * l2_covers).min(4 << 20);
+            return Op::Grow { len };
+        }
         if !rng.chance(self.zeros) {
             return Op::Write { offset, len };
         }
@@ -192,6 +208,7 @@ mod tests {
             for op in script {
                 if let Op::Read { offset, len }
                 | Op::Write { offset, len }
+                | Op::Copy { offset, len }
                 | Op::Zero { offset, len, .. }
                 | Op::Discard { offset, len } = op
                 {

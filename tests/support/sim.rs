@@ -106,7 +106,9 @@ pub fn run(params: &Params) -> Seen {
     let backend = session
         .open(image(&disk).with("read-only", "on"), &DenyAll)
         .expect("reopen");
-    let bytes = session.home.run(|co| load::read_all(co, &backend, 1 << 20));
+    let bytes = session
+        .home
+        .run(|co| load::read_size(co, &backend, 1 << 20, params.size));
     session.close(backend);
     session.end();
     let token = loaded.history.begin_read();
