@@ -4,10 +4,11 @@
 //! its name in messages); `locking` (`on`, `off`, or `auto`, which is on). `cache.direct` goes
 //! around the page cache.
 //!
-//! Requests run in whatever context the coroutine is in; the file itself belongs to none. The
-//! driver has the lock bytes of `locks`, the alignment that `probe` found, and knows holes by
-//! `extents`.
+//! Requests run in whatever context the coroutine is in; the file itself belongs to none. The driver
+//! grows the file by `ahead`, has the lock bytes of `locks`, the alignment that `probe` found, and
+//! knows holes by `extents`.
 
+mod ahead;
 mod extents;
 mod locks;
 mod probe;
@@ -21,6 +22,7 @@ use crate::open::Opening;
 use crate::types::{
     FileId, Limits, MAX_ALIGNMENT, MAX_REQUEST, RequestFlags, align_down, bytes, in_memory,
 };
+use ahead::Ahead;
 use coblock_aio::{IoVec, IoVecMut, Medium};
 use coblock_coroutine::Co;
 use probe::{Alignment, Found};
@@ -89,7 +91,13 @@ impl OpenDriver for OpenFile {
         };
         let medium = Medium::of(file.as_fd(), wanted.direct)
             .map_err(|error| Error::from_io("fstatfs", error).at_file(&filename))?;
+        let grows = !wanted.read_only && !found.is_block_device && medium != Medium::Memory;
         Ok(Box::new(HostFile {
+            ahead: if grows {
+                Ahead::of_file(found.len)
+            } else {
+                Ahead::never()
+            },
             len: AtomicU64::new(found.len),
             locked: locking,
             copies: AtomicBool::new(true),
@@ -171,6 +179,8 @@ struct HostFile {
     copies: AtomicBool,
     /// What requests reach.
     medium: Medium,
+    /// Space set aside past the end.
+    ahead: Ahead,
     /// Length in bytes, raised by writes past it.
     len: AtomicU64,
 }
@@ -226,9 +236,11 @@ impl Driver for HostFile {
         buf: IoVec<'_>,
         _flags: RequestFlags,
     ) -> Result<()> {
+        let end = offset + bytes(buf.len());
+        self.ahead.before_write(co, &self.file, offset, end);
         match coblock_aio::co::write_to(co, self.file.as_fd(), self.medium, offset, buf) {
             Ok(()) => {
-                self.grew_to(offset + bytes(buf.len()));
+                self.grew_to(end);
                 Ok(())
             }
             Err(error) => Err(self.failed("write", offset, error)),
@@ -355,6 +367,7 @@ impl Driver for HostFile {
         }
         coblock_aio::co::on_pool(co, || self.file.set_len(len))
             .map_err(|error| self.failed("Could not resize file", len, error))?;
+        self.ahead.was_resized(co, len);
         self.len.store(len, Ordering::Release);
         Ok(())
     }
@@ -394,11 +407,14 @@ impl Driver for HostFile {
         Some(self.found.id)
     }
 
-    /// Gives the locks back now, not when the last duplicate of the descriptor goes.
-    fn close(&self, _co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
+    /// Cuts off what was set aside, and gives the locks back now, not when the last duplicate of the
+    /// descriptor goes.
+    fn close(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
+        let len = self.len();
+        let cut = self.ahead.cut(co, &self.file, len);
         if self.locked {
             locks::release(self.file.as_fd());
         }
-        Ok(())
+        cut.map_err(|error| self.failed("resize", len, error))
     }
 }
