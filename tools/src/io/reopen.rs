@@ -7,6 +7,7 @@ use std::ffi::OsString;
 
 use super::Shell;
 use super::commands::{Call, Failure};
+use super::open::Image;
 use crate::getopt::{Getopt, Opt};
 use crate::image_opts::Pairs;
 use crate::spec::Cache;
@@ -81,16 +82,21 @@ pub(super) fn reopen(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failu
         return refuse("Cannot set both -c and the cache options");
     }
     let image = shell.image();
+    let mut changes = Pairs::default();
     for (key, value) in options.iter() {
-        check(image.spec.keys.get(key), key, value).map_err(Failure::Error)?;
+        let now = now(image, key);
+        check(now.as_deref(), key, value).map_err(Failure::Error)?;
+        if now.as_deref() != Some(value) {
+            changes.set(key, value);
+        }
     }
-    if read_only.is_none() && cache.is_none() && options.all().is_empty() {
+    if read_only.is_none() && cache.is_none() && changes.all().is_empty() {
         return Ok(());
     }
     if image.with.snapshot {
         return refuse("reopen: an image below a temporary one cannot be opened again");
     }
-    if options.get("read-only").is_some_and(is_on) && image.write {
+    if changes.get("read-only").is_some_and(is_on) && image.write {
         let node = image.backend.node().name();
         return refuse(&format!(
             "Read-only block node '{node}' cannot support read-write users"
@@ -100,7 +106,7 @@ pub(super) fn reopen(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failu
     let mut new = old.clone();
     new.read_only = read_only.unwrap_or(new.read_only);
     new.cache = cache.unwrap_or(new.cache);
-    for (key, value) in options.iter() {
+    for (key, value) in changes.iter() {
         match key {
             "read-only" => new.read_only = is_on(value),
             // Read-write or not: nothing falls back here.
@@ -129,6 +135,31 @@ pub(super) fn reopen(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failu
     }
 }
 
+/// What an option is now: as the user gave it, or what the node is whose option it is.
+fn now(image: &Image, key: &str) -> Option<String> {
+    if let Some(value) = image.spec.keys.get(key) {
+        return Some(value.to_owned());
+    }
+    let session = &image.session;
+    session.home.run(|co| {
+        let graph = session.graph.read(co);
+        let mut node = image.backend.node();
+        let mut parts = key.split('.').peekable();
+        while let Some(part) = parts.next() {
+            if parts.peek().is_none() {
+                return match part {
+                    "driver" => Some(node.format().to_owned()),
+                    "node-name" => Some(node.name().to_owned()),
+                    _ => None,
+                };
+            }
+            let mut children = node.children(&graph).iter();
+            node = children.find(|child| child.name() == part)?.node(&graph);
+        }
+        None
+    })
+}
+
 fn is_on(word: &str) -> bool {
     matches!(word, "on" | "yes" | "true" | "y")
 }
@@ -137,7 +168,8 @@ fn is_on(word: &str) -> bool {
 fn check(now: Option<&str>, key: &str, value: &str) -> Result<(), String> {
     let last = key.rsplit('.').next().unwrap_or(key);
     if now != Some(value) && !CHANGEABLE.contains(&last) {
-        return Err(format!("Cannot change the option '{key}'"));
+        // Each node speaks of its own options.
+        return Err(format!("Cannot change the option '{last}'"));
     }
     let switch = is_on(value) || matches!(value, "off" | "no" | "false" | "n");
     if SWITCHES.contains(&last) && !switch {
@@ -165,6 +197,12 @@ mod tests {
                 "node-name",
                 "x",
                 Some("Cannot change the option 'node-name'"),
+            ),
+            (
+                Some("file"),
+                "backing.file.driver",
+                "nbd",
+                Some("Cannot change the option 'driver'"),
             ),
             (None, "cache.direct", "on", None),
             (
