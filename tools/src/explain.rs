@@ -2,6 +2,7 @@
 
 use coblock::block;
 use coblock::qcow2;
+use coblock::qcow2::error::Table;
 
 /// An error of the library for people: the reference's words where it has some.
 pub fn explain(error: &block::Error) -> String {
@@ -38,20 +39,52 @@ pub fn qcow2_error(error: &block::Error) -> Option<&qcow2::Error> {
 
 /// How the reference says it; scripts look for these.
 pub fn reference_words(error: &qcow2::Error) -> Option<String> {
-    match error {
-        qcow2::Error::BadMagic { .. } => Some("Image is not in qcow2 format".into()),
-        qcow2::Error::Truncated { len, .. } if *len < 8 => {
-            Some("Image is not in qcow2 format".into())
+    use qcow2::Error;
+    Some(match error {
+        Error::BadMagic { .. } => "Image is not in qcow2 format".into(),
+        Error::Truncated { len, .. } if *len < 8 => "Image is not in qcow2 format".into(),
+        Error::Truncated { .. } => "qcow2 header too short".into(),
+        Error::HeaderLength { found, min, .. } if found < min => "qcow2 header too short".into(),
+        Error::HeaderLength { .. } => "qcow2 header exceeds cluster size".into(),
+        Error::BadVersion { found } => format!("Unsupported qcow2 version {found}"),
+        Error::ClusterBits { found } => format!("Unsupported cluster size: 2^{found}"),
+        Error::RefcountOrder { .. } => {
+            "Reference count entry width too large; may not exceed 64 bits".into()
         }
-        qcow2::Error::Truncated { .. } => Some("qcow2 header too short".into()),
-        qcow2::Error::UnknownFeatures { names, .. } => Some(format!(
-            "Unsupported qcow2 feature(s): {}",
-            feature_list(names)
-        )),
-        qcow2::Error::Corrupt => {
-            Some("qcow2: Image is corrupt; cannot be opened read/write".into())
+        Error::CryptMethod { found } => format!("Unsupported encryption method {found}"),
+        Error::CompressionType { found } => format!("qcow2: unknown compression type: {found}"),
+        Error::CompressionBit { found, bit } => format!(
+            "qcow2: {}",
+            match (found, bit) {
+                (_, true) => "Compression type incompatible feature bit must not be set".into(),
+                (1, false) => "Compression type incompatible feature bit must be set".into(),
+                (_, false) => format!("unknown compression type: {found}"),
+            }
+        ),
+        Error::BackingOffset { .. } => "Invalid backing file offset".into(),
+        Error::BackingLength { .. } => "Backing file name too long".into(),
+        Error::ExtensionTooLong { .. } => "Header extension too large".into(),
+        Error::TableTooLarge { table, .. } => format!("{} too large", table_words(*table)?),
+        Error::TableOffset { table, .. } => format!("{} offset invalid", table_words(*table)?),
+        Error::L1TooSmall { .. } => "L1 table is too small".into(),
+        Error::ImageTooBig { .. } => "Image is too big".into(),
+        Error::VirtualSize { .. } => "Could not refresh total sector count: File too large".into(),
+        Error::NoRefcountTable => "Image does not contain a reference count table".into(),
+        Error::UnknownFeatures { names, .. } => {
+            format!("Unsupported qcow2 feature(s): {}", feature_list(names))
         }
-        _ => None,
+        Error::Corrupt => "qcow2: Image is corrupt; cannot be opened read/write".into(),
+        _ => return None,
+    })
+}
+
+/// What the reference calls a table.
+fn table_words(table: Table) -> Option<&'static str> {
+    match table {
+        Table::ActiveL1 => Some("Active L1 table"),
+        Table::Refcount => Some("Reference count table"),
+        Table::Snapshots => Some("Snapshot table"),
+        Table::SnapshotL1(_) => None,
     }
 }
 

@@ -231,7 +231,7 @@ fn run(program: &str, words: &[String], folder: &Path) -> Result_ {
 }
 
 /// Runs a program of the reference, which must succeed.
-fn reference_must(line: &str, folder: &Path) {
+pub fn reference_must(line: &str, folder: &Path) {
     let words = words(line);
     let made = run(&words[0], &words[1..], folder);
     assert_eq!(made.status, Some(0), "{line}: {made}");
