@@ -89,8 +89,8 @@ impl Programs {
     /// aloud, without the reference.
     pub fn with_images(name: &str, make: fn(&Path)) -> Option<Self> {
         static IMAGES: OnceLock<PathBuf> = OnceLock::new();
-        if !have(REFERENCE) {
-            eprintln!("SKIPPED: {REFERENCE} is not installed");
+        if !have(REFERENCE) || !have("qemu-io") {
+            eprintln!("SKIPPED: {REFERENCE} and qemu-io are not installed");
             return None;
         }
         let images = IMAGES.get_or_init(|| {
