@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::thread::ThreadId;
 
-use coblock_coroutine::{Coroutine, Ready, Schedule, State, WakeHandle, start};
+use coblock_coroutine::{Coroutine, CoroutineOptions, Ready, Schedule, State, WakeHandle, start};
 use corosensei::Yielder;
 use corosensei::stack::DefaultStack;
 use generator::{Gn, LocalGenerator, Scope};
@@ -59,9 +59,13 @@ impl Lib for Ours {
         drop(co);
     }
     /// Stacks are never unmapped, and the next coroutine would get this one: so it suspends, and
-    /// keeps it for ever.
+    /// keeps it for ever. Of a size that no other row uses, so that none is idle.
     fn run_on_a_new_stack() {
-        let co = Coroutine::new(|co| co.suspend()).expect("a stack");
+        let options = CoroutineOptions {
+            stack_size: 512 << 10,
+            ..CoroutineOptions::default()
+        };
+        let co = Coroutine::with_options(&options, |co| co.suspend()).expect("a stack");
         assert_eq!(co.enter(), State::Suspended);
         std::mem::forget(co);
     }
