@@ -14,42 +14,16 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{Perm, Permissions};
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
+use coblock_aio::sys::file::{LockKind, lock_is_free, lock_range};
 use std::os::fd::BorrowedFd;
 
-const HELD_BASE: i64 = 100;
-const UNSHARED_BASE: i64 = 200;
+const HELD_BASE: u64 = 100;
+const UNSHARED_BASE: u64 = 200;
 /// Bits of [`Perm`] that have lock bytes.
 const BITS: u32 = 4;
 
-fn lock_of(kind: i32, byte: i64) -> libc::flock {
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "the kernel's constants fit their field"
-    )]
-    libc::flock {
-        l_type: kind as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: byte,
-        l_len: 1,
-        l_pid: 0,
-    }
-}
-
 fn bits(perm: Perm) -> impl Iterator<Item = u32> {
     (0..BITS).filter(move |bit| perm.bits() & 1 << bit != 0)
-}
-
-fn set(fd: BorrowedFd<'_>, kind: i32, byte: i64) -> std::result::Result<(), Errno> {
-    fcntl(fd, FcntlArg::F_OFD_SETLK(&lock_of(kind, byte))).map(drop)
-}
-
-/// Has anybody else a lock on `byte`?
-fn is_locked(fd: BorrowedFd<'_>, byte: i64) -> std::result::Result<bool, Errno> {
-    let mut probe = lock_of(libc::F_WRLCK, byte);
-    fcntl(fd, FcntlArg::F_OFD_GETLK(&mut probe))?;
-    Ok(i32::from(probe.l_type) != libc::F_UNLCK)
 }
 
 /// Takes the lock bytes of `wanted` and looks who else is there. Does not block.
@@ -68,25 +42,23 @@ pub(super) fn acquire(fd: BorrowedFd<'_>, wanted: Permissions, filename: &str) -
 }
 
 fn take(fd: BorrowedFd<'_>, wanted: Permissions) -> Result<()> {
-    let held = bits(wanted.held).map(|bit| HELD_BASE + i64::from(bit));
-    let unshared = bits(!wanted.shared).map(|bit| UNSHARED_BASE + i64::from(bit));
+    let held = bits(wanted.held).map(|bit| HELD_BASE + u64::from(bit));
+    let unshared = bits(!wanted.shared).map(|bit| UNSHARED_BASE + u64::from(bit));
     for byte in held.chain(unshared) {
-        set(fd, libc::F_RDLCK, byte).map_err(|errno| {
-            let message = format!("Failed to lock byte {byte}");
-            Error::from_io(message, errno.into())
-        })?;
+        lock_range(fd, LockKind::Shared, byte, 1)
+            .map_err(|error| Error::from_io(format!("Failed to lock byte {byte}"), error))?;
     }
     Ok(())
 }
 
 fn conflicts(fd: BorrowedFd<'_>, wanted: Permissions) -> Result<()> {
     let probe = |byte| {
-        is_locked(fd, byte).map_err(|errno| {
-            Error::from_io(format!("Failed to probe lock byte {byte}"), errno.into())
-        })
+        lock_is_free(fd, LockKind::Exclusive, byte, 1)
+            .map(|free| !free)
+            .map_err(|error| Error::from_io(format!("Failed to probe lock byte {byte}"), error))
     };
     for bit in bits(wanted.held) {
-        if probe(UNSHARED_BASE + i64::from(bit))? {
+        if probe(UNSHARED_BASE + u64::from(bit))? {
             let name = Perm::bit_name(bit);
             return Err(Error::new(
                 ErrorKind::Locked,
@@ -95,7 +67,7 @@ fn conflicts(fd: BorrowedFd<'_>, wanted: Permissions) -> Result<()> {
         }
     }
     for bit in bits(!wanted.shared) {
-        if probe(HELD_BASE + i64::from(bit))? {
+        if probe(HELD_BASE + u64::from(bit))? {
             let name = Perm::bit_name(bit);
             let message = format!("Failed to get shared \"{name}\" lock");
             return Err(Error::new(ErrorKind::Locked, message));
@@ -106,9 +78,9 @@ fn conflicts(fd: BorrowedFd<'_>, wanted: Permissions) -> Result<()> {
 
 /// Gives all lock bytes back.
 pub(super) fn release(fd: BorrowedFd<'_>) {
-    for byte in (0..i64::from(BITS)).flat_map(|bit| [HELD_BASE + bit, UNSHARED_BASE + bit]) {
-        if let Err(errno) = set(fd, libc::F_UNLCK, byte) {
-            log::warn!("unlocking byte {byte}: {errno}");
+    for byte in (0..u64::from(BITS)).flat_map(|bit| [HELD_BASE + bit, UNSHARED_BASE + bit]) {
+        if let Err(error) = lock_range(fd, LockKind::Unlock, byte, 1) {
+            log::warn!("unlocking byte {byte}: {error}");
         }
     }
 }
