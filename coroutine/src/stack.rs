@@ -29,6 +29,7 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
 use crate::error::Error;
+use crate::protocol::placed::Placed;
 
 /// Bytes of the guard at the low end of each stack.
 pub(crate) const GUARD: usize = 4096;
@@ -166,8 +167,8 @@ pub(crate) struct Arena {
     class: usize,
     /// Slots handed out so far, counted from the low end: only these may hold a control block.
     carved: AtomicUsize,
-    /// One bit a slot: its control block is in place.
-    placed: Box<[AtomicU64]>,
+    /// Whose control blocks are in place.
+    placed: Placed,
     next: Option<&'static Arena>,
 }
 
@@ -178,9 +179,7 @@ fn note_placed(control: &'static control::Control) {
     while let Some(arena) = next {
         next = arena.next;
         if let Some(offset) = at.checked_sub(arena.low).filter(|o| *o < arena.bytes) {
-            let index = offset / size_of_class(arena.class);
-            arena.placed[index / 64].fetch_or(1 << (index % 64), Ordering::Release);
-            return;
+            return arena.placed.set(offset / size_of_class(arena.class));
         }
     }
 }
@@ -192,22 +191,17 @@ pub(crate) fn for_each_control(mut f: impl FnMut(&'static control::Control)) {
         next = arena.next;
         let size = size_of_class(arena.class);
         let carved = arena.carved.load(Ordering::Acquire);
-        for (word, bits) in arena.placed.iter().enumerate().take(carved.div_ceil(64)) {
-            let mut bits = bits.load(Ordering::Acquire);
-            while bits != 0 {
-                let index = word * 64 + bits.trailing_zeros() as usize;
-                bits &= bits - 1;
-                let slot = Fresh {
-                    low: ptr::with_exposed_provenance_mut(arena.low + index * size),
-                    index,
-                    count: 1,
-                };
-                let at: *const control::Control = slot.control_address(arena.class).cast();
-                // SAFETY: its bit says that it was written before (Release, Acquire), and it stays
-                // for the rest of the process.
-                f(unsafe { &*at });
-            }
-        }
+        arena.placed.for_each(carved, |index| {
+            let slot = Fresh {
+                low: ptr::with_exposed_provenance_mut(arena.low + index * size),
+                index,
+                count: 1,
+            };
+            let at: *const control::Control = slot.control_address(arena.class).cast();
+            // SAFETY: its bit says that it was written before (`Placed`), and it stays for the rest
+            // of the process.
+            f(unsafe { &*at });
+        });
     }
 }
 
@@ -386,9 +380,7 @@ fn map_arena(bytes: usize, class: usize) -> Result<(NonNull<u8>, &'static Arena)
         bytes,
         class,
         carved: AtomicUsize::new(0),
-        placed: (0..(bytes / size_of_class(class)).div_ceil(64))
-            .map(|_| AtomicU64::new(0))
-            .collect(),
+        placed: Placed::new(bytes / size_of_class(class)),
         next: arenas(),
     }));
     ARENAS.store(ptr::from_ref(arena).cast_mut(), Ordering::Release);

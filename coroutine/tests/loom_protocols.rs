@@ -35,6 +35,8 @@ mod sync {
 mod handoff;
 #[path = "../src/protocol/mark.rs"]
 mod mark;
+#[path = "../src/protocol/placed.rs"]
+mod placed;
 #[path = "../src/protocol/tickets.rs"]
 mod tickets;
 
@@ -44,6 +46,41 @@ use handoff::{Attempt, Handoff};
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use loom::sync::{Arc, Condvar, Mutex, Notify};
 use mark::WakeMark;
+
+/// Whoever sees the bit of a control block sees what was written there before; two that are placed
+/// at once, in one word, are both seen in the end.
+#[test]
+fn a_placed_control_block_is_whole() {
+    use loom::cell::UnsafeCell;
+    loom::model(|| {
+        let placed = Arc::new(placed::Placed::new(64));
+        let blocks = Arc::new([UnsafeCell::new(0_u64), UnsafeCell::new(0)]);
+        let look = |placed: &placed::Placed, blocks: &[UnsafeCell<u64>; 2]| {
+            let mut seen = 0;
+            placed.for_each(64, |index| {
+                // SAFETY: written before its bit was set, and never again; loom checks that.
+                assert_eq!(blocks[index].with(|at| unsafe { *at }), 7 + index as u64);
+                seen += 1;
+            });
+            seen
+        };
+        let placers: Vec<_> = (0..2)
+            .map(|index| {
+                let (placed, blocks) = (placed.clone(), blocks.clone());
+                loom::thread::spawn(move || {
+                    // SAFETY: only this thread writes it, once, before anybody looks.
+                    blocks[index].with_mut(|at| unsafe { *at = 7 + index as u64 });
+                    placed.set(index);
+                })
+            })
+            .collect();
+        look(&placed, &blocks);
+        placers
+            .into_iter()
+            .for_each(|placer| placer.join().unwrap());
+        assert_eq!(look(&placed, &blocks), 2);
+    });
+}
 
 const LIFE: u64 = 7;
 

@@ -5,6 +5,7 @@
 
 pub(crate) mod handoff;
 pub(crate) mod mark;
+pub(crate) mod placed;
 pub(crate) mod tickets;
 
 /// The primitives of a normal build.
