@@ -143,7 +143,7 @@ impl Bench {
         count: u64,
     ) -> Result<(Sample, Result<(), String>), String> {
         let image = self.images.of(row, engine)?;
-        images::settle(&image, !row.direct)?;
+        images::settle(&image, !row.direct, row.write)?;
         let (offset, step) = row.sequence(self.size);
         let run = Run {
             row,
