@@ -198,6 +198,11 @@ fn command() -> Command {
                 .about("Work on images: create, info, check, bench (coblock img --help)")
                 .disable_help_flag(true),
         )
+        .subcommand(
+            Command::new("io")
+                .about("Read and write an image by commands (coblock io --help)")
+                .disable_help_flag(true),
+        )
 }
 
 /// Runs `coblock` with these words.
@@ -218,7 +223,7 @@ pub fn run(words: Vec<OsString>) -> ExitCode {
     };
     match matches.subcommand() {
         Some(("bench", matches)) => super::run(&config(matches)),
-        // clap knows no other; `img` went elsewhere before.
+        // clap knows no other; `img` and `io` went elsewhere before.
         _ => ExitCode::from(FAILURE),
     }
 }
