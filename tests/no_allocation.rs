@@ -1,5 +1,5 @@
-//! Promise: a cached read of a qcow2 image, and an overwrite, allocate nothing on the heap. A program of its own, since
-//! it counts every allocation of its thread.
+//! Promise: a cached read of a qcow2 image, and an overwrite, allocate nothing on the heap. A
+//! program of its own, since it counts every allocation of its thread.
 
 #[path = "support/mod.rs"]
 mod support;
@@ -16,15 +16,17 @@ use support::script::Params;
 use support::session::{self, Session};
 
 thread_local! {
-    /// Allocations of this thread; constant and without a destructor, so that reading it allocates nothing.
+    /// Allocations of this thread; constant and without a destructor, so that reading it allocates
+    /// nothing.
     static COUNT: Cell<u64> = const { Cell::new(0) };
 }
 
 /// The system's allocator, counted.
 struct Counting;
 
-// SAFETY: every method hands its arguments unchanged to the system's allocator and returns what that returned, so the
-// promises of that allocator are those of this one. Counting touches no memory of the heap.
+// SAFETY: every method hands its arguments unchanged to the system's allocator and returns what
+// that returned, so the promises of that allocator are those of this one. Counting touches no
+// memory of the heap.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         COUNT.set(COUNT.get() + 1);
@@ -33,7 +35,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: our caller promised that the block came from `alloc` of this allocator, which is the system's.
+        // SAFETY: our caller promised that the block came from `alloc` of this allocator, which is
+        // the system's.
         unsafe { System.dealloc(ptr, layout) }
     }
 }
@@ -56,7 +59,8 @@ fn params() -> Params {
     }
 }
 
-/// `rounds` times 32 requests at once, each in a coroutine of its own, as a device model would send them.
+/// `rounds` times 32 requests at once, each in a coroutine of its own, as a device model would send
+/// them.
 fn rounds(session: &Session, state: &Rc<State>, rounds: u64, write: bool) {
     for round in 0..rounds {
         for slot in 0..DEPTH {

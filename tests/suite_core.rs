@@ -1,5 +1,5 @@
-//! The core of the suite as a program, so that it can be built with `panic = "abort"`: no normal path may need
-//! unwinding. `.ci/run` runs it as `cargo run --profile abort --example suite-core`.
+//! The core of the suite as a program, so that it can be built with `panic = "abort"`: no normal
+//! path may need unwinding. `.ci/run` runs it as `cargo run --profile abort --example suite-core`.
 
 #[path = "support/mod.rs"]
 mod support;

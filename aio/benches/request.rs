@@ -1,8 +1,8 @@
 //! What does a request through the ring cost above the ring itself?
 //!
 //! 4 KiB reads from the page cache, at depth 1 and 32: once by a plain loop over the io-uring crate
-//! (the floor), once by coroutines of a home, a new one for each request. Rounds alternate, and only
-//! the ratio of one run means something.
+//! (the floor), once by coroutines of a home, a new one for each request. Rounds alternate, and
+//! only the ratio of one run means something.
 
 use coblock_aio::{ContextOptions, EngineKind, Home, Medium, co};
 use io_uring::{IoUring, opcode, types::Fd};
@@ -47,8 +47,8 @@ fn floor(file: &File, depth: u64) -> f64 {
             .offset(place(n) * BLOCK as u64)
             .build()
             .user_data(slot);
-        // SAFETY: the buffer of the slot is used by this request alone until its completion is seen,
-        // and lives until all are.
+        // SAFETY: the buffer of the slot is used by this request alone until its completion is
+        // seen, and lives until all are.
         unsafe { ring.submission().push(&entry) }.expect("space");
     };
     while started < depth {

@@ -2,8 +2,8 @@
 //!
 //! One word: three flags and a ticket. Scheduling draws a new ticket and inserts an entry with it
 //! into the context's list; the entry runs only if its ticket is still the current one. So an entry
-//! whose schedule was cancelled stays in the list as a dead one, and scheduling again puts a new one
-//! at the end: first scheduled, first run, also after a cancel.
+//! whose schedule was cancelled stays in the list as a dead one, and scheduling again puts a new
+//! one at the end: first scheduled, first run, also after a cancel.
 //!
 //! ```text
 //!              schedule: ticket + 1, insert               begin(ticket): run it
@@ -12,18 +12,19 @@
 //!       +---------------- cancel ---------------+           DELETED is for ever, from any state
 //! ```
 //!
-//! Every attempt to schedule is a read-modify-write, even when it changes nothing: the callback then
-//! sees what *each* scheduler wrote before, not only what the first one wrote (rule 3.3).
+//! Every attempt to schedule is a read-modify-write, even when it changes nothing: the callback
+//! then sees what *each* scheduler wrote before, not only what the first one wrote (rule 3.3).
 //!
 //! `super::sync` has the atomics of std, or of loom where the machine is model-checked.
 
 use super::sync::{AtomicU64, Ordering};
 
-/// Set while an entry of the list is to run. Whoever turns it from 0 to 1 inserts, nobody else does:
-/// so scheduling twice runs once. The loop clears it *before* the call, so that a callback may
-/// schedule itself again.
+/// Set while an entry of the list is to run. Whoever turns it from 0 to 1 inserts, nobody else
+/// does: so scheduling twice runs once. The loop clears it *before* the call, so that a callback
+/// may schedule itself again.
 const SCHEDULED: u64 = 1;
-/// The scheduled entry is an idle one: it does not count as progress and does not end a wait at once.
+/// The scheduled entry is an idle one: it does not count as progress and does not end a wait at
+/// once.
 const IDLE: u64 = 2;
 /// Will not run any more. Set by the owner of the handle, never cleared.
 const DELETED: u64 = 4;

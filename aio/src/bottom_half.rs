@@ -1,8 +1,8 @@
 //! Bottom halves: "call this soon, from the loop" (rules 3.2, 3.3).
 //!
-//! A context keeps two lists. The home appends to a plain one; other threads push to a lock-free one
-//! and notify. Whenever the home touches its list, it first takes over what others pushed, so the
-//! plain list alone decides the order, and what happened before is in it before.
+//! A context keeps two lists. The home appends to a plain one; other threads push to a lock-free
+//! one and notify. Whenever the home touches its list, it first takes over what others pushed, so
+//! the plain list alone decides the order, and what happened before is in it before.
 //!
 //! ```text
 //!   other threads -> remote (SegQueue) --+
@@ -10,9 +10,9 @@
 //!   home ------------------------------- +
 //! ```
 //!
-//! Entries carry a running number. A pass runs those below the number that the next entry would have
-//! had when the pass began: what is scheduled meanwhile runs in the next pass, and a nested poll,
-//! whose limit is higher, first finishes what the outer pass has left.
+//! Entries carry a running number. A pass runs those below the number that the next entry would
+//! have had when the pass began: what is scheduled meanwhile runs in the next pass, and a nested
+//! poll, whose limit is higher, first finishes what the outer pass has left.
 
 use crate::bh_state::{BhState, Entry, Ticket};
 use crate::context::AioContext;
@@ -156,8 +156,8 @@ pub(crate) struct Half {
 
 /// A callback of a context that can be scheduled again and again (rule 3.2).
 ///
-/// All methods from any thread. Whatever was written before [`schedule`](Self::schedule) is visible in
-/// the callback (rule 3.3), also when it was scheduled already. Dropping the handle deletes it.
+/// All methods from any thread. Whatever was written before [`schedule`](Self::schedule) is visible
+/// in the callback (rule 3.3), also when it was scheduled already. Dropping the handle deletes it.
 pub struct BottomHalf {
     half: Arc<Half>,
     context: Arc<AioContext>,

@@ -1,9 +1,9 @@
 //! Memory that requests read into and write from: borrowed slices, scatter lists, aligned buffers.
 //!
-//! An [`IoVec`] is the source of a write and an [`IoVecMut`] the destination of a read. Both are the
-//! same three words: the first segment, already cut to size, then the segments after it, then the
-//! length in bytes of the whole. So one plain slice costs no memory outside the value, and a part of
-//! a long scatter list is made without copying the list:
+//! An [`IoVec`] is the source of a write and an [`IoVecMut`] the destination of a read. Both are
+//! the same three words: the first segment, already cut to size, then the segments after it, then
+//! the length in bytes of the whole. So one plain slice costs no memory outside the value, and a
+//! part of a long scatter list is made without copying the list:
 //!
 //! ```text
 //!   list:     [ aaaaaaaa ][ bbbb ][ cccccccccc ][ dd ]
@@ -47,7 +47,8 @@ const _: () = {
     assert!(std::mem::offset_of!(RawSegment, len) == std::mem::offset_of!(libc::iovec, iov_len));
 };
 
-// SAFETY: an address and a length are plain numbers; every access through them is unsafe on its own.
+// SAFETY: an address and a length are plain numbers; every access through them is unsafe on its
+// own.
 unsafe impl Send for RawSegment {}
 // SAFETY: as for Send, there is nothing shared behind a `&RawSegment` but two numbers.
 unsafe impl Sync for RawSegment {}
@@ -228,8 +229,8 @@ impl<'a> IoVec<'a> {
     /// A scatter list of memory that is not described by references, such as a guest's.
     ///
     /// # Safety
-    /// Every segment must stay mapped and readable, from any thread, for `'a`. Others may write to it
-    /// meanwhile (a guest does): what is then read is unspecified, byte by byte.
+    /// Every segment must stay mapped and readable, from any thread, for `'a`. Others may write to
+    /// it meanwhile (a guest does): what is then read is unspecified, byte by byte.
     pub unsafe fn from_raw_parts(segments: &'a [RawSegment]) -> Self {
         IoVec {
             span: Span::list(segments),
@@ -274,9 +275,9 @@ impl<'a> IoVec<'a> {
         let mut done = 0;
         for piece in self.span.slice(offset, to.len()).segments() {
             let target = to[done..done + piece.len].as_mut_ptr();
-            // SAFETY: the segment is readable (promised where the IoVec was made) and the target is a
-            // part of `to` with the same length. Nobody else may hold `to`, so they do not overlap
-            // unless a guest was given our own memory, which from_raw_parts excludes.
+            // SAFETY: the segment is readable (promised where the IoVec was made) and the target is
+            // a part of `to` with the same length. Nobody else may hold `to`, so they do not
+            // overlap unless a guest was given our own memory, which from_raw_parts excludes.
             unsafe { ptr::copy_nonoverlapping(piece.base, target, piece.len) };
             done += piece.len;
         }
@@ -350,7 +351,8 @@ impl<'a, const N: usize> From<&'a mut [u8; N]> for IoVecMut<'a> {
 impl<'a> From<&'a mut [IoSliceMut<'_>]> for IoVecMut<'a> {
     fn from(list: &'a mut [IoSliceMut<'_>]) -> Self {
         // SAFETY: std promises that `IoSliceMut` has the layout of `iovec` on Unix, and so has
-        // `RawSegment` (asserted above); the list is borrowed for `'a`, so the slices behind it are.
+        // `RawSegment` (asserted above); the list is borrowed for `'a`, so the slices behind it
+        // are.
         let segments = unsafe { &*(ptr::from_mut(list) as *const [RawSegment]) };
         IoVecMut {
             span: Span::list(segments),
@@ -483,7 +485,8 @@ impl<'a> IoVecMut<'a> {
     /// Sets `len` bytes at `offset` to `byte`; panics when they leave the buffer.
     pub fn fill(&mut self, offset: usize, len: usize, byte: u8) {
         for piece in self.span.slice(offset, len).segments() {
-            // SAFETY: the segment is writable (promised where the IoVecMut was made) for its length.
+            // SAFETY: the segment is writable (promised where the IoVecMut was made) for its
+            // length.
             unsafe { ptr::write_bytes(piece.base, byte, piece.len) };
         }
     }

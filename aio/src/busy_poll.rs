@@ -1,9 +1,9 @@
 //! Asking descriptors instead of waiting for them: less latency for more CPU (rule 3.5).
 //!
-//! Off unless [`Home::set_busy_poll`](crate::Home::set_busy_poll) gives a limit, and only while every
-//! handler of the context can be asked. The time tunes itself as in the original: a wait that ended
-//! within the limit would have been found by asking, so the time grows (from 4 us, doubling); one
-//! that took longer would not, so the time falls back to zero.
+//! Off unless [`Home::set_busy_poll`](crate::Home::set_busy_poll) gives a limit, and only while
+//! every handler of the context can be asked. The time tunes itself as in the original: a wait that
+//! ended within the limit would have been found by asking, so the time grows (from 4 us, doubling);
+//! one that took longer would not, so the time falls back to zero.
 
 use crate::context::AioContext;
 use crate::fd_handler::ReadyList;

@@ -1,7 +1,7 @@
 //! What a coroutine waits for: I/O on files, descriptors, time, threads, other contexts.
 //!
-//! Every function here suspends, and works in whatever context the coroutine runs in now; outside of
-//! every context it panics. `EINTR`, `EAGAIN`, short transfers and full queues do not come out.
+//! Every function here suspends, and works in whatever context the coroutine runs in now; outside
+//! of every context it panics. `EINTR`, `EAGAIN`, short transfers and full queues do not come out.
 //!
 //! The first attempt of a read or write is inlined into the caller and is all there is in the usual
 //! case; what a short or failed one needs is out of line.
@@ -25,8 +25,8 @@ use std::time::Duration;
 /// file. Suspends.
 ///
 /// # Errors
-/// What the system says; part of `buf` may then have been written. `Unsupported` in a context without
-/// engine.
+/// What the system says; part of `buf` may then have been written. `Unsupported` in a context
+/// without engine.
 #[inline(always)]
 pub fn read(co: &Co, fd: BorrowedFd<'_>, offset: u64, mut buf: IoVecMut<'_>) -> io::Result<usize> {
     let len = buf.len();
@@ -93,8 +93,8 @@ fn read_rest(
 /// taken it; [`sync`] makes it stable.
 ///
 /// # Errors
-/// What the system says; `ENOSPC` also when it takes nothing and says nothing. Any part of the range
-/// may then hold old or new data.
+/// What the system says; `ENOSPC` also when it takes nothing and says nothing. Any part of the
+/// range may then hold old or new data.
 #[inline(always)]
 pub fn write(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> io::Result<()> {
     if buf.is_empty() {
@@ -305,7 +305,8 @@ pub fn sleep(co: &Co, time: Duration) {
     wait.wait(co);
 }
 
-/// Suspends, and goes on in the next pass of the current context, after all that was scheduled before.
+/// Suspends, and goes on in the next pass of the current context, after all that was scheduled
+/// before.
 pub fn reschedule(co: &Co) {
     let wait = IoWait::new("reschedule");
     with_core(|core| {

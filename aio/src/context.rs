@@ -4,9 +4,9 @@
 //!   any thread --- post, arm, set_fd_handler, spawn ---> AioContext  <--- drives --- Home (one, !Send)
 //! ```
 //!
-//! Who drives a context is a role, [`Home`](crate::Home), not an OS thread: an [`IoThread`] holds one
-//! for its whole life, a simulator steps several in one thread. Work from the home itself goes to a
-//! plain list; work from elsewhere to a lock-free one, followed by a notification.
+//! Who drives a context is a role, [`Home`](crate::Home), not an OS thread: an [`IoThread`] holds
+//! one for its whole life, a simulator steps several in one thread. Work from the home itself goes
+//! to a plain list; work from elsewhere to a lock-free one, followed by a notification.
 //!
 //! [`IoThread`]: crate::IoThread
 
@@ -74,8 +74,9 @@ pub enum RingDelivery {
 
 /// Replaces the wait of a blocking poll, for simulation.
 pub trait Park: Send + Sync {
-    /// Called on the home where it would wait. Returns when something may have happened, or time has
-    /// reached `deadline_ns` of the context's clock (`None`: no timer is armed). May return early.
+    /// Called on the home where it would wait. Returns when something may have happened, or time
+    /// has reached `deadline_ns` of the context's clock (`None`: no timer is armed). May return
+    /// early.
     fn park(&self, context: &Arc<AioContext>, deadline_ns: Option<u64>);
 }
 
@@ -186,7 +187,8 @@ pub struct AioContext {
     pub(crate) halves: Register,
     pub(crate) park: Option<Arc<dyn Park>>,
     pool: OnceLock<Arc<dyn WorkPool>>,
-    /// Coroutines that began here and have not finished. Written by the home alone, with plain stores.
+    /// Coroutines that began here and have not finished. Written by the home alone, with plain
+    /// stores.
     pub(crate) live: AtomicUsize,
     /// Coroutines posted from elsewhere that did not begin yet.
     pub(crate) arriving: AtomicUsize,
@@ -285,8 +287,8 @@ impl AioContext {
         self.post(Work::Once(Box::new(f)));
     }
 
-    /// Makes a timer on the context's clock (rule 3.7). `f` runs on the home, outside coroutines, and
-    /// may poll. Not armed yet.
+    /// Makes a timer on the context's clock (rule 3.7). `f` runs on the home, outside coroutines,
+    /// and may poll. Not armed yet.
     pub fn timer(
         self: &Arc<Self>,
         name: &'static str,
@@ -329,8 +331,8 @@ impl AioContext {
         }
     }
 
-    /// External handlers rest from now on: neither waited for nor called (rule 3.6). Any thread; counts,
-    /// so each call needs its [`enable_external`](Self::enable_external).
+    /// External handlers rest from now on: neither waited for nor called (rule 3.6). Any thread;
+    /// counts, so each call needs its [`enable_external`](Self::enable_external).
     ///
     /// On the home no external handler is called after this returned. From another thread, one that
     /// is being called goes on, and one that the loop is just about to call is still called.
@@ -339,8 +341,8 @@ impl AioContext {
         self.watched_changed();
     }
 
-    /// Undoes one [`disable_external`](Self::disable_external). Any thread. The last one wakes the loop,
-    /// which then sees what became ready meanwhile and still is.
+    /// Undoes one [`disable_external`](Self::disable_external). Any thread. The last one wakes the
+    /// loop, which then sees what became ready meanwhile and still is.
     ///
     /// # Panics
     /// Without such a call before it; names the place where the last one was undone.

@@ -2,8 +2,8 @@
 //!
 //! A thread-local says which home the thread drives now: the innermost of its polls and
 //! [`Home::with`](crate::Home::with). Worker threads have none. Every look at it goes through one
-//! function that is not inlined and keeps nothing, so that no address of a thread-local lives over a
-//! suspend (rule 1.8).
+//! function that is not inlined and keeps nothing, so that no address of a thread-local lives over
+//! a suspend (rule 1.8).
 
 use crate::bottom_half::Work;
 use crate::context::AioContext;
@@ -17,7 +17,8 @@ thread_local! {
     static CURRENT: RefCell<Option<Rc<Core>>> = const { RefCell::new(None) };
 }
 
-/// Calls `f` with the home that this thread drives. `f` neither suspends nor runs other people's code.
+/// Calls `f` with the home that this thread drives. `f` neither suspends nor runs other people's
+/// code.
 #[inline(never)]
 pub(crate) fn with_core<R>(f: impl FnOnce(Option<&Rc<Core>>) -> R) -> R {
     CURRENT.with(|current| f(current.borrow().as_ref()))

@@ -1,17 +1,17 @@
 //! What a context calls when a descriptor is ready (rule 3.5).
 //!
-//! Each registration has a token that is never used again. The kernel reports tokens; the loop turns
-//! them into entries of a list of ready descriptors, and keeps what was reported *in the
+//! Each registration has a token that is never used again. The kernel reports tokens; the loop
+//! turns them into entries of a list of ready descriptors, and keeps what was reported *in the
 //! registration* until the callback for it is called. So a nested poll that reports the same event
-//! again only marks what is marked already, takes the mark, calls; and the outer pass finds the mark
-//! gone: one event is dispatched once.
+//! again only marks what is marked already, takes the mark, calls; and the outer pass finds the
+//! mark gone: one event is dispatched once.
 //!
-//! A registration that is replaced or removed is marked so, and not called any more, wherever it may
-//! still stand in a list; it is freed when nobody refers to it.
+//! A registration that is replaced or removed is marked so, and not called any more, wherever it
+//! may still stand in a list; it is freed when nobody refers to it.
 //!
-//! While external handlers are disabled (rule 3.6), theirs are not in the kernel's set, and what was
-//! reported before is forgotten instead of called. A state that lasts is reported anew once they are
-//! in the set again.
+//! While external handlers are disabled (rule 3.6), theirs are not in the kernel's set, and what
+//! was reported before is forgotten instead of called. A state that lasts is reported anew once
+//! they are in the set again.
 
 use crate::monitor::{Monitor, NOTIFIER_TOKEN};
 use crate::sys::event::ready;
@@ -63,9 +63,9 @@ impl FdHandler {
         self
     }
 
-    /// Lets a busy-polling loop ask instead of waiting: `ready` looks and tells, cheaply and without
-    /// side effects; when it says yes, `call` is called. Not asked again while `call` runs, so `call`
-    /// may poll.
+    /// Lets a busy-polling loop ask instead of waiting: `ready` looks and tells, cheaply and
+    /// without side effects; when it says yes, `call` is called. Not asked again while `call` runs,
+    /// so `call` may poll.
     #[must_use]
     pub fn busy_poll(
         mut self,
@@ -77,8 +77,9 @@ impl FdHandler {
         self
     }
 
-    /// Marks it as external (rule 3.6): it brings work from outside, as a guest's doorbell or a client's
-    /// socket does, and rests while [`disable_external`](crate::AioContext::disable_external) holds.
+    /// Marks it as external (rule 3.6): it brings work from outside, as a guest's doorbell or a
+    /// client's socket does, and rests while
+    /// [`disable_external`](crate::AioContext::disable_external) holds.
     #[must_use]
     pub fn external(mut self) -> Self {
         self.external = true;
@@ -140,8 +141,8 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// Takes a mark; tells whether its callback is to be called. Asked before each call, since the one
-    /// before may have removed the registration or disabled external ones.
+    /// Takes a mark; tells whether its callback is to be called. Asked before each call, since the
+    /// one before may have removed the registration or disabled external ones.
     fn take(&self, bits: u32, external: &External) -> bool {
         let marks = self.marks.load(Ordering::Relaxed);
         self.marks.store(marks & !bits, Ordering::Relaxed);
@@ -349,8 +350,8 @@ impl Handlers {
         }
     }
 
-    /// Undoes one [`disable_external`](Self::disable_external); tells whether it was the last. Refused
-    /// if there is none: with the place where the last one was undone, if one ever was.
+    /// Undoes one [`disable_external`](Self::disable_external); tells whether it was the last.
+    /// Refused if there is none: with the place where the last one was undone, if one ever was.
     pub fn enable_external(
         &self,
         monitor: &Monitor,

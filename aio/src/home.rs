@@ -139,7 +139,8 @@ impl Home {
         f()
     }
 
-    /// Starts a coroutine and enters it now; it belongs to this context, and `f` owns what it needs.
+    /// Starts a coroutine and enters it now; it belongs to this context, and `f` owns what it
+    /// needs.
     ///
     /// # Panics
     /// When there is no memory for its stack; [`try_spawn`](Self::try_spawn) returns that. And with
@@ -231,8 +232,8 @@ impl Home {
         foreign.both.as_fd()
     }
 
-    /// The same for a loop that watches a list, whatever this context watches with: what to poll now.
-    /// To be asked before each wait, after [`timeout_ns`](Self::timeout_ns).
+    /// The same for a loop that watches a list, whatever this context watches with: what to poll
+    /// now. To be asked before each wait, after [`timeout_ns`](Self::timeout_ns).
     pub fn descriptors(&self) -> Vec<PollFd> {
         match self.core.context.monitor.epoll() {
             Some(_) => vec![PollFd::new(self.fd().as_raw_fd(), ready::READ)],
@@ -278,7 +279,8 @@ impl Home {
         let core = &self.core;
         let _driving = Driving::new(core);
         let context = &core.context;
-        // One-shots and late completions; bounded, since something that goes on for ever is a leftover.
+        // One-shots and late completions; bounded, since something that goes on for ever is a
+        // leftover.
         for _ in 0..1000 {
             if !core.pass(false, true) && core.work.look() == Entry::Dead {
                 break;

@@ -16,8 +16,8 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
-//! Modules from top to bottom; each uses only those below it, but for `context` and `home`, which know
-//! what they are made of:
+//! Modules from top to bottom; each uses only those below it, but for `context` and `home`, which
+//! know what they are made of:
 //!
 //! * [`sim`]: several contexts in one thread, on a virtual clock
 //! * `iothread`: a thread that drives a context
@@ -29,11 +29,13 @@
 //! * `engine`: io_uring, or threads
 //! * `current`: which context a thread drives
 //! * `context`: what any thread may use
-//! * `thread_pool`, `busy_poll`, `trimmer`, `bottom_half`, `fd_handler`, `timer`: the parts of a loop
+//! * `thread_pool`, `busy_poll`, `trimmer`, `bottom_half`, `fd_handler`, `timer`: the parts of a
+//!   loop
 //! * `medium`: what lies behind a descriptor, as far as it decides how a request goes
 //! * `monitor`: watching descriptors, with epoll or poll(2)
 //! * `clock`, `notifier`: time, real or virtual; an event
-//! * `notify`, `bh_state`, `waiters`: the protocols without locks, model-checked in `tests/models.rs`
+//! * `notify`, `bh_state`, `waiters`: the protocols without locks, model-checked in
+//!   `tests/models.rs`
 //! * [`buf`]: memory of requests
 //! * [`sys`]: system calls
 

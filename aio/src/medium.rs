@@ -17,8 +17,8 @@ pub enum Medium {
     /// taken several at a time.
     PageCache,
     /// Memory and nothing else (tmpfs): short requests are system calls of the loop itself, which
-    /// wait for nothing but, when the machine swaps, memory. Through the ring a worker of the kernel
-    /// would do each.
+    /// wait for nothing but, when the machine swaps, memory. Through the ring a worker of the
+    /// kernel would do each.
     Memory,
 }
 

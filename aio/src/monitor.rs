@@ -6,9 +6,9 @@
 //!   poll(2)    ppoll                      ppoll; completions raise the context's notifier
 //! ```
 //!
-//! A list for poll(2) is made anew for each wait, from what is set then. The kernel does not see a change
-//! during a wait, so [`AioContext`](crate::AioContext) wakes the loop after each. It costs a system call a pass and
-//! time for each descriptor: a fallback.
+//! A list for poll(2) is made anew for each wait, from what is set then. The kernel does not see a
+//! change during a wait, so [`AioContext`](crate::AioContext) wakes the loop after each. It costs a
+//! system call a pass and time for each descriptor: a fallback.
 
 use crate::notifier::EventNotifier;
 use crate::sys::event::{self, Epoll, Event, PollFd, watch_notifier};
@@ -268,8 +268,8 @@ impl PollList {
 mod tests {
     use super::*;
 
-    /// A kernel, or a sandbox, without epoll: `auto` falls back to poll(2), `epoll` says so. Being out
-    /// of descriptors is an error in every case.
+    /// A kernel, or a sandbox, without epoll: `auto` falls back to poll(2), `epoll` says so. Being
+    /// out of descriptors is an error in every case.
     #[test]
     fn auto_falls_back() {
         let notifier = EventNotifier::new().unwrap();

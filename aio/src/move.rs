@@ -1,7 +1,7 @@
 //! Really moving a coroutine to another context (rule 3.10, "reschedule self").
 //!
-//! Only for tests of the rules that speak of moved coroutines. Everything else sends work to another
-//! context as a new coroutine ([`crate::co::run_in`]) and stays where it is.
+//! Only for tests of the rules that speak of moved coroutines. Everything else sends work to
+//! another context as a new coroutine ([`crate::co::run_in`]) and stays where it is.
 //!
 //! ```text
 //!   old thread                                          new thread
@@ -15,14 +15,15 @@ use crate::current::{Live, current};
 use coblock_coroutine::{Co, Schedule};
 use std::sync::Arc;
 
-/// Goes on in `context`: in the same one nothing happens; else the coroutine suspends *first*, and a
-/// bottom half of the old context schedules it in the new one (rule 3.10). Suspends.
+/// Goes on in `context`: in the same one nothing happens; else the coroutine suspends *first*, and
+/// a bottom half of the old context schedules it in the new one (rule 3.10). Suspends.
 ///
 /// # Safety
 /// Another thread runs this stack afterwards. So nothing on it may be bound to the old thread: no
 /// address of a thread-local, no `Rc`, no handle of a coroutine, no guard of a thread lock, and
 /// nothing borrowed that another thread must not use. The coroutine was started by
-/// [`AioContext::spawn`] (whose closure is `Send`), and neither by hand nor by [`crate::Home::run`].
+/// [`AioContext::spawn`] (whose closure is `Send`), and neither by hand nor by
+/// [`crate::Home::run`].
 ///
 /// # Panics
 /// Where no context is current.

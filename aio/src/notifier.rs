@@ -1,7 +1,7 @@
 //! An event that any thread can raise and a loop can wait for.
 //!
-//! It counts: raising it ten times is one event when it is looked at afterwards. Each context has one
-//! that wakes it from its wait, and programs may make more and give them to
+//! It counts: raising it ten times is one event when it is looked at afterwards. Each context has
+//! one that wakes it from its wait, and programs may make more and give them to
 //! [`set_fd_handler`](crate::AioContext::set_fd_handler).
 
 use crate::sys::event::{eventfd, eventfd_clear, eventfd_raise};

@@ -8,9 +8,9 @@
 //!                                         sleeping? raise the event
 //! ```
 //!
-//! Of the two stores at least one is seen by the other side: either the loop sees `notified` and does
-//! not sleep, or the notifier that set it sees `sleeping` and raises the event. However many notify,
-//! one of them goes that far, until the loop has consumed `notified`.
+//! Of the two stores at least one is seen by the other side: either the loop sees `notified` and
+//! does not sleep, or the notifier that set it sees `sleeping` and raises the event. However many
+//! notify, one of them goes that far, until the loop has consumed `notified`.
 //!
 //! `notified` stays until a blocking poll consumes it: a poll that does not block may run the work,
 //! and the next blocking one then goes round once for nothing, but no kick is lost.
@@ -24,7 +24,8 @@ use super::sync::{AtomicBool, Ordering, fence};
 pub struct Notify {
     /// Set by the loop before it sleeps, cleared by it on waking. Nobody else writes it.
     sleeping: AtomicBool,
-    /// Set by notifiers after publishing; cleared by the loop *before* it looks at what was published.
+    /// Set by notifiers after publishing; cleared by the loop *before* it looks at what was
+    /// published.
     ///
     /// Everybody writes it by a read-modify-write: the loop that takes the flag of a later notifier
     /// must see what an earlier one published, and only those continue a release sequence.
@@ -50,7 +51,8 @@ impl Notify {
         self.sleeping.load(Ordering::Relaxed)
     }
 
-    /// Loop: says that it will sleep. True: it may, for the event will be raised for what comes now.
+    /// Loop: says that it will sleep. True: it may, for the event will be raised for what comes
+    /// now.
     #[must_use]
     pub fn announce(&self) -> bool {
         self.sleeping.store(true, Ordering::Relaxed);

@@ -1,9 +1,9 @@
 //! Several contexts in one thread, on one virtual clock, in an order that a seed decides.
 //!
-//! A [`World`] steps its homes with polls that do not wait. When nobody can run it moves the clock to
-//! the earliest timer, and when there is none it panics and names what waits: nothing can ever happen
-//! again. A blocking poll inside (a nested one, in a handler) parks in the world, which steps the
-//! others meanwhile. So a test of many "threads" is one thread, and a seed replays it.
+//! A [`World`] steps its homes with polls that do not wait. When nobody can run it moves the clock
+//! to the earliest timer, and when there is none it panics and names what waits: nothing can ever
+//! happen again. A blocking poll inside (a nested one, in a handler) parks in the world, which
+//! steps the others meanwhile. So a test of many "threads" is one thread, and a seed replays it.
 //!
 //! [`VirtualPool`] runs "blocking" work at a virtual time, in the order that its delays give.
 

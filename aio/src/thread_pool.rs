@@ -1,8 +1,9 @@
 //! A bounded pool of threads for work that blocks.
 //!
-//! Threads are made when work waits and none is idle, up to a limit, and end after a few idle seconds.
-//! Work is started in the order submitted. Whoever wants to hear about the end submits through a
-//! context: the callback runs there, in a later pass, never before the submitting call returned.
+//! Threads are made when work waits and none is idle, up to a limit, and end after a few idle
+//! seconds. Work is started in the order submitted. Whoever wants to hear about the end submits
+//! through a context: the callback runs there, in a later pass, never before the submitting call
+//! returned.
 //!
 //! ```text
 //!   submit_work:  WAITING --pool thread--> RUNNING --> DONE     done(result of the work)
@@ -168,7 +169,8 @@ impl Drop for ThreadPool {
         drop(state);
         self.shared.work_came.notify_all();
         for handle in handles {
-            // The last owner may be some work on one of these threads, which cannot wait for itself.
+            // The last owner may be some work on one of these threads, which cannot wait for
+            // itself.
             if handle.thread().id() != thread::current().id() {
                 handle.join().expect("a thread of a pool catches panics");
             }
@@ -225,8 +227,8 @@ impl Ticket {
 pub struct WorkHandle(Arc<Ticket>);
 
 impl WorkHandle {
-    /// Does not start the work if it has not started; the callback then gets `-ECANCELED`, in a later
-    /// pass. Tells whether that was so. Any thread.
+    /// Does not start the work if it has not started; the callback then gets `-ECANCELED`, in a
+    /// later pass. Tells whether that was so. Any thread.
     pub fn cancel(&self) -> bool {
         let cancelled = self.0.take(CANCELLED);
         if cancelled {

@@ -273,7 +273,8 @@ impl Timer {
         }
     }
 
-    /// Fires once at `at_ns`; a time that has passed means the next pass. Replaces an earlier arming.
+    /// Fires once at `at_ns`; a time that has passed means the next pass. Replaces an earlier
+    /// arming.
     pub fn arm_at(&self, at_ns: u64) {
         if self.list.arm(&self.inner, at_ns) {
             self.context.kick();

@@ -79,8 +79,8 @@ impl Progress {
     }
 }
 
-/// Goes on after an attempt to read `len` bytes at `offset` that gave `result`; tells how many came.
-/// `file_len` is asked only when the end of the file may lie between two blocks.
+/// Goes on after an attempt to read `len` bytes at `offset` that gave `result`; tells how many
+/// came. `file_len` is asked only when the end of the file may lie between two blocks.
 pub(crate) fn finish_read(
     offset: u64,
     len: usize,

@@ -7,8 +7,8 @@
 //!   any other                        another's              refused: each could wait for the other
 //! ```
 //!
-//! Who changes a condition calls [`AioWait::kick`] afterwards: every completion does, with an error or
-//! with nothing done too.
+//! Who changes a condition calls [`AioWait::kick`] afterwards: every completion does, with an error
+//! or with nothing done too.
 
 use crate::context::AioContext;
 use crate::home::poll;
@@ -40,8 +40,9 @@ impl AioWait {
         &self.main
     }
 
-    /// Polls while `condition`, which is about things that happen in `context`; tells whether it was
-    /// true at first. Handlers run inside. `condition` runs on the calling thread, after each pass.
+    /// Polls while `condition`, which is about things that happen in `context`; tells whether it
+    /// was true at first. Handlers run inside. `condition` runs on the calling thread, after each
+    /// pass.
     ///
     /// # Panics
     /// In a coroutine: that suspends. When the caller drives neither `context` nor the main one

@@ -7,10 +7,12 @@
 //!   test the condition; wait while true   counted? wake the waiters
 //! ```
 //!
-//! Of the two stores at least one is seen by the other side: either the waiter's test sees the change, or
-//! the changer sees the count. Testing first and counting then would lose a change that comes between.
+//! Of the two stores at least one is seen by the other side: either the waiter's test sees the
+//! change, or the changer sees the count. Testing first and counting then would lose a change that
+//! comes between.
 //!
-//! `super::sync` has the atomics and fences of this crate, or loom's where the protocol is model-checked.
+//! `super::sync` has the atomics and fences of this crate, or loom's where the protocol is
+//! model-checked.
 
 use super::sync::{AtomicU32, Ordering, heavy_fence, light_fence};
 

@@ -1,4 +1,5 @@
-//! Bottom halves (rules 3.2, 3.3), driven by the loop's own poll and by a foreign loop, with each engine.
+//! Bottom halves (rules 3.2, 3.3), driven by the loop's own poll and by a foreign loop, with each
+//! engine.
 
 mod support;
 

@@ -1,5 +1,6 @@
-//! Contexts and their homes: who may poll (rule 3.1), what may be left at the end (rule 3.3), what is
-//! current (rule 3.9), coroutines that wake each other and work elsewhere (rule 3.10), I/O threads.
+//! Contexts and their homes: who may poll (rule 3.1), what may be left at the end (rule 3.3), what
+//! is current (rule 3.9), coroutines that wake each other and work elsewhere (rule 3.10), I/O
+//! threads.
 
 mod support;
 
@@ -36,7 +37,8 @@ fn thread(name: &str) -> IoThread {
     .unwrap()
 }
 
-/// Rules 3.1, 4.4: no poll in a coroutine, nested or not; the message names the locks that it holds.
+/// Rules 3.1, 4.4: no poll in a coroutine, nested or not; the message names the locks that it
+/// holds.
 #[test]
 fn poll_in_a_coroutine_is_refused() {
     each_engine(|home, _| {
@@ -151,7 +153,8 @@ fn current_context() {
     b.close();
 }
 
-/// A panic in a callback or coroutine comes out of the poll; what else was due runs in the next one.
+/// A panic in a callback or coroutine comes out of the poll; what else was due runs in the next
+/// one.
 #[test]
 fn a_panic_does_not_lose_the_rest_of_the_pass() {
     each_drive(|home, drive| {
@@ -171,7 +174,8 @@ fn a_panic_does_not_lose_the_rest_of_the_pass() {
     });
 }
 
-/// Two coroutines wake each other 25 000 times: chained, not nested. (/aio/coroutine/queue-chaining)
+/// Two coroutines wake each other 25 000 times: chained, not nested.
+/// (/aio/coroutine/queue-chaining)
 #[test]
 fn queue_chaining() {
     each_engine(|home, _| {
@@ -207,8 +211,8 @@ fn queue_chaining() {
     });
 }
 
-/// Rule 3.10: woken from a thread that does not drive its context, a coroutine does not run there; it
-/// is scheduled and runs at its home's next poll. (/aio/coroutine/worker-thread-co-enter)
+/// Rule 3.10: woken from a thread that does not drive its context, a coroutine does not run there;
+/// it is scheduled and runs at its home's next poll. (/aio/coroutine/worker-thread-co-enter)
 #[test]
 fn woken_from_a_worker_thread() {
     each_engine(|home, _| {
@@ -285,8 +289,8 @@ fn spawned_from_elsewhere() {
     });
 }
 
-/// A coroutine with I/O in flight may have been spawned in a coroutine; a hand-driven one may do I/O
-/// too, resumed by its completion.
+/// A coroutine with I/O in flight may have been spawned in a coroutine; a hand-driven one may do
+/// I/O too, resumed by its completion.
 #[test]
 fn io_in_nested_and_hand_driven_coroutines() {
     each_engine(|home, engine| {
@@ -449,8 +453,8 @@ fn io_ended(io: &IoThread) -> bool {
     format!("{:?}", io.context()).contains("closed: true")
 }
 
-/// Coroutines of five threads schedule each other at random for a second or more: no wake-up is lost, none is
-/// entered twice, and all stop when told. (/aio/multi/schedule)
+/// Coroutines of five threads schedule each other at random for a second or more: no wake-up is
+/// lost, none is entered twice, and all stop when told. (/aio/multi/schedule)
 #[test]
 fn multi_schedule() {
     const THREADS: usize = 5;
@@ -519,8 +523,8 @@ fn multi_schedule() {
     );
 }
 
-/// Rule 3.10, "reschedule self": to another context and back, many times, with errors on the way; in
-/// the same context nothing happens; the counts of live coroutines go with it.
+/// Rule 3.10, "reschedule self": to another context and back, many times, with errors on the way;
+/// in the same context nothing happens; the counts of live coroutines go with it.
 #[test]
 fn there_and_back_again() {
     let (a, b) = (thread("here"), thread("there"));
@@ -532,8 +536,8 @@ fn there_and_back_again() {
             let file = tempfile::tempfile().unwrap();
             let read_only = std::fs::File::open("/proc/self/exe").unwrap();
             for round in 0..200u64 {
-                // SAFETY: everything on this stack is Send, nothing is bound to a thread, and no wake
-                // handle is made.
+                // SAFETY: everything on this stack is Send, nothing is bound to a thread, and no
+                // wake handle is made.
                 unsafe { coblock_aio::move_to(c, &here) };
                 assert!(here.is_current());
                 assert_eq!(std::thread::current().name(), Some("here"));

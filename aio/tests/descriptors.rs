@@ -1,4 +1,5 @@
-//! Descriptor handlers (rule 3.5), driven by the loop's own poll and by a foreign loop, with each engine.
+//! Descriptor handlers (rule 3.5), driven by the loop's own poll and by a foreign loop, with each
+//! engine.
 
 mod support;
 
@@ -148,8 +149,8 @@ fn read_before_write() {
     });
 }
 
-/// Rule 3.5: a handler that removes another one in the same pass: that one is not called any more, and
-/// what it owns is freed. Setting again replaces.
+/// Rule 3.5: a handler that removes another one in the same pass: that one is not called any more,
+/// and what it owns is freed. Setting again replaces.
 #[test]
 fn removed_by_another() {
     each_drive(|home, drive| {
@@ -197,8 +198,8 @@ fn removed_by_another() {
     });
 }
 
-/// Rule 3.5: one event is dispatched once, also when a handler before it in the pass polls (nested):
-/// the nested poll dispatches it, the outer pass does not again.
+/// Rule 3.5: one event is dispatched once, also when a handler before it in the pass polls
+/// (nested): the nested poll dispatches it, the outer pass does not again.
 #[test]
 fn one_event_is_dispatched_once() {
     each_drive(|home, drive| {
@@ -231,7 +232,8 @@ fn one_event_is_dispatched_once() {
     });
 }
 
-/// A descriptor closed before its handler was removed, and its number used again: the new one works.
+/// A descriptor closed before its handler was removed, and its number used again: the new one
+/// works.
 #[test]
 fn descriptor_numbers_are_used_again() {
     each_drive(|home, drive| {

@@ -256,8 +256,8 @@ fn more_requests_than_the_queues_hold() {
     }
 }
 
-/// Requests that kernel threads complete wake every kind of loop, a foreign one too. (With a deferred
-/// ring its own descriptor stays silent until the kernel is entered.)
+/// Requests that kernel threads complete wake every kind of loop, a foreign one too. (With a
+/// deferred ring its own descriptor stays silent until the kernel is entered.)
 #[test]
 fn completions_wake_every_loop() {
     support::each_drive(|home, drive| {
@@ -322,8 +322,8 @@ fn no_engine_refuses_requests() {
     home.close();
 }
 
-/// Reads that are alone and in the page cache are served by the loop itself, without the ring; those
-/// that are not alone go through it; what is not in the cache too. All give the right bytes.
+/// Reads that are alone and in the page cache are served by the loop itself, without the ring;
+/// those that are not alone go through it; what is not in the cache too. All give the right bytes.
 #[test]
 fn cached_reads() {
     each_engine(|home, engine| {
@@ -384,8 +384,8 @@ fn cached_reads() {
     });
 }
 
-/// The loop serves a lonely cached read without a system call of the ring; timers and descriptors go
-/// on meanwhile.
+/// The loop serves a lonely cached read without a system call of the ring; timers and descriptors
+/// go on meanwhile.
 #[test]
 fn lonely_cached_reads_do_not_enter_the_ring() {
     let Some(home) = support::ring(64) else {

@@ -52,8 +52,8 @@ impl Drop for Bell {
     }
 }
 
-/// Rule 3.6: while the counter is above zero, external handlers are not called and others are; at zero
-/// what became ready meanwhile is called. (/aio/external-client)
+/// Rule 3.6: while the counter is above zero, external handlers are not called and others are; at
+/// zero what became ready meanwhile is called. (/aio/external-client)
 #[test]
 fn external_handlers_rest() {
     each_drive(|home, drive| {
@@ -80,8 +80,8 @@ fn external_handlers_rest() {
     });
 }
 
-/// Rule 3.6, "not waited for": a loop whose only ready descriptor is external sleeps until its timer, and
-/// does not spin.
+/// Rule 3.6, "not waited for": a loop whose only ready descriptor is external sleeps until its
+/// timer, and does not spin.
 #[test]
 fn external_handlers_are_not_waited_for() {
     each_drive(|home, drive| {
@@ -107,8 +107,8 @@ fn external_handlers_are_not_waited_for() {
     });
 }
 
-/// Rule 3.6, "nor dispatched": reported in the same pass as the handler that disables. It is not called,
-/// nor forgotten.
+/// Rule 3.6, "nor dispatched": reported in the same pass as the handler that disables. It is not
+/// called, nor forgotten.
 #[test]
 fn disabled_between_report_and_call() {
     each_drive(|home, drive| {
@@ -260,8 +260,8 @@ fn counted_from_many_threads() {
     });
 }
 
-/// Rule 3.6: external handlers that rest are not asked by a busy-polling loop, and do not keep it from
-/// asking the others.
+/// Rule 3.6: external handlers that rest are not asked by a busy-polling loop, and do not keep it
+/// from asking the others.
 #[test]
 fn busy_polling_leaves_out_those_that_rest() {
     each_engine(|home, engine| {

@@ -300,8 +300,8 @@ impl World {
     }
 }
 
-/// Rules 3.2, 3.3: two threads write and schedule while the loop runs. It runs once or twice, and the
-/// last run sees what both wrote, also the one whose schedule found it scheduled already.
+/// Rules 3.2, 3.3: two threads write and schedule while the loop runs. It runs once or twice, and
+/// the last run sees what both wrote, also the one whose schedule found it scheduled already.
 #[test]
 fn every_scheduler_is_seen() {
     loom::model(|| {
@@ -351,7 +351,8 @@ fn a_redundant_schedule_publishes_too() {
     });
 }
 
-/// Rule 3.2: cancel against the loop: either it says that it prevented the run, or the run happened.
+/// Rule 3.2: cancel against the loop: either it says that it prevented the run, or the run
+/// happened.
 #[test]
 fn cancelled_or_run_never_both() {
     loom::model(|| {
@@ -365,7 +366,8 @@ fn cancelled_or_run_never_both() {
     });
 }
 
-/// Rule 3.2: scheduled again while an old entry of a cancelled schedule is still in the list: one run.
+/// Rule 3.2: scheduled again while an old entry of a cancelled schedule is still in the list: one
+/// run.
 #[test]
 fn cancel_and_schedule_again_runs_once() {
     loom::model(|| {

@@ -139,8 +139,8 @@ fn submit_many() {
     home.close();
 }
 
-/// Of a hundred long items, those that have not started are cancelled and complete with ECANCELED, in
-/// a later pass; those that run cannot be, and complete with their result; some of each.
+/// Of a hundred long items, those that have not started are cancelled and complete with ECANCELED,
+/// in a later pass; those that run cannot be, and complete with their result; some of each.
 /// (/thread-pool/cancel and /cancel-async)
 #[test]
 fn cancel() {

@@ -99,8 +99,8 @@ fn sorted_and_first_in_first_out() {
     });
 }
 
-/// Rule 3.7: removed before the callback, so arming inside is legal; it runs in a later pass even when
-/// its time has come. A callback that disarms another one that is due prevents it.
+/// Rule 3.7: removed before the callback, so arming inside is legal; it runs in a later pass even
+/// when its time has come. A callback that disarms another one that is due prevents it.
 #[test]
 fn armed_again_inside() {
     each_virtual(|home, clock| {
@@ -137,8 +137,8 @@ fn armed_again_inside() {
     });
 }
 
-/// Rule 3.7: a nested poll in a callback is a later pass: it fires what was armed meanwhile, and what
-/// the outer pass still had is fired once.
+/// Rule 3.7: a nested poll in a callback is a later pass: it fires what was armed meanwhile, and
+/// what the outer pass still had is fired once.
 #[test]
 fn nested_poll_in_a_timer() {
     each_virtual(|home, clock| {
@@ -292,8 +292,8 @@ fn order_and_progress_of_a_pass() {
     });
 }
 
-/// Rule 3.4: only a blocking poll consumes a notification: a poll that does not block leaves it, and
-/// the next blocking one returns at once. (/aio-gsource/flush)
+/// Rule 3.4: only a blocking poll consumes a notification: a poll that does not block leaves it,
+/// and the next blocking one returns at once. (/aio-gsource/flush)
 #[test]
 fn notifications_are_consumed_by_blocking_polls() {
     each_engine(|home, _| {

@@ -89,8 +89,8 @@ fn the_main_home_waits_for_another_thread() {
     });
 }
 
-/// Rule 3.8: another thread may wait for its own context; it is woken also by a change that was made
-/// on a thread without a context.
+/// Rule 3.8: another thread may wait for its own context; it is woken also by a change that was
+/// made on a thread without a context.
 #[test]
 fn a_thread_waits_for_its_own_context() {
     let home = Home::new(options("none")).unwrap();

@@ -75,7 +75,8 @@ impl BlockBackend {
     }
 
     /// Outside of coroutines: polls until no request of this user is in flight, callbacks included
-    /// (rules 3.8, 5.7). Its requests run in `context`, or anywhere if the caller drives the main context.
+    /// (rules 3.8, 5.7). Its requests run in `context`, or anywhere if the caller drives the main
+    /// context.
     ///
     /// # Panics
     /// In a coroutine; when the caller drives neither of the two contexts.
@@ -163,14 +164,14 @@ impl BlockBackend {
         })
     }
 
-    /// Copies `len` bytes from `offset` to `to_offset` of `to`. Where both stand on different files of the
-    /// host, it copies or shares them itself; zeros stay zeros and need no storage; all else is
-    /// read and written.
+    /// Copies `len` bytes from `offset` to `to_offset` of `to`. Where both stand on different files
+    /// of the host, it copies or shares them itself; zeros stay zeros and need no storage; all else
+    /// is read and written.
     ///
     /// # Errors
-    /// `OutOfBounds` (errno `EIO`) past either end, `Invalid` where ranges of one node overlap or the two
-    /// are in different graphs, else as [`BlockBackend::pread`] and [`BlockBackend::pwrite`]. After an
-    /// error any part of the target may hold old or new data.
+    /// `OutOfBounds` (errno `EIO`) past either end, `Invalid` where ranges of one node overlap or
+    /// the two are in different graphs, else as [`BlockBackend::pread`] and
+    /// [`BlockBackend::pwrite`]. After an error any part of the target may hold old or new data.
     pub fn copy_range(
         &self,
         co: &Co,
@@ -228,8 +229,8 @@ impl BlockBackend {
         })
     }
 
-    /// What the first bytes of the range are, as the backend's own layer holds them; filters pass the
-    /// question on. Neither data nor zeros: the backing file decides.
+    /// What the first bytes of the range are, as the backend's own layer holds them; filters pass
+    /// the question on. Neither data nor zeros: the backing file decides.
     ///
     /// The answer is about at least one byte, or it is about none: the range is empty or past the
     /// end. It was true at some time during the call, so look again before acting on it, or keep
@@ -267,9 +268,9 @@ impl BlockBackend {
         self.above(co, base, (offset, len), Precision::Zeroes)
     }
 
-    /// Does the backend's own layer hold the first bytes of the range, and of how many is that true?
-    /// Not of any for an empty range and past the end. Cheaper than the status: nobody looks for
-    /// zeros.
+    /// Does the backend's own layer hold the first bytes of the range, and of how many is that
+    /// true? Not of any for an empty range and past the end. Cheaper than the status: nobody looks
+    /// for zeros.
     ///
     /// # Errors
     /// As [`BlockBackend::block_status`].

@@ -5,12 +5,12 @@
 //!      |                                                                                    |
 //!      +-- returns                in flight, for close and everybody (rule 5.7) ------------+
 //! ```
-//! The submitting call returns before the callback runs, even when the request was over at once, and
-//! the callback runs on the loop's own stack, in the context that submitted. Requests are the same as
-//! those of [`BlockBackend::pread`] and its like: same checks, limits and errors.
+//! The submitting call returns before the callback runs, even when the request was over at once,
+//! and the callback runs on the loop's own stack, in the context that submitted. Requests are the
+//! same as those of [`BlockBackend::pread`] and its like: same checks, limits and errors.
 //!
-//! The buffer belongs to the request until the callback gets it back, so nothing can free it or look
-//! into it meanwhile: a vector, an aligned buffer, or a guard of memory that lives elsewhere.
+//! The buffer belongs to the request until the callback gets it back, so nothing can free it or
+//! look into it meanwhile: a vector, an aligned buffer, or a guard of memory that lives elsewhere.
 //!
 //! A callback may submit, make synchronous requests ([`Mixed::nested`](crate::Mixed::nested)) and
 //! drop anything; it holds no lock of ours.
@@ -98,8 +98,9 @@ impl AioRequest {
         self.shared.stage() == Stage::Over
     }
 
-    /// Gives the request up: suspends until its callback returned, which tells how it ended. It runs
-    /// to its end; what was sent to a device is not called back. From a coroutine of any context.
+    /// Gives the request up: suspends until its callback returned, which tells how it ended. It
+    /// runs to its end; what was sent to a device is not called back. From a coroutine of any
+    /// context.
     ///
     /// # Panics
     /// Nothing detects a coroutine that its own callback waits for: both would wait for ever.
@@ -142,7 +143,8 @@ impl fmt::Debug for AioRequest {
 }
 
 /// Requests with callbacks. Each takes what the call of the same name without `aio_` takes, returns
-/// at once, and calls `done` from a bottom half of the current context, with what that call returns.
+/// at once, and calls `done` from a bottom half of the current context, with what that call
+/// returns.
 ///
 /// # Errors
 /// `OutOfMemory`: nothing was submitted, `done` is not called and the buffer is gone. Every other
@@ -276,8 +278,8 @@ impl BlockBackend {
         };
         let backend = self.clone();
         coblock_aio::spawn("aio request", move |co| {
-            // Counted until the callback returned (rule 5.7); the graph is let go before, so that the
-            // callback may do anything.
+            // Counted until the callback returned (rule 5.7); the graph is let go before, so that
+            // the callback may do anything.
             let (result, _counted) = match backend.graph().try_read(co) {
                 Ok(graph) => {
                     let slot = graph.slot();

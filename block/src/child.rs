@@ -183,8 +183,9 @@ impl Child {
         self.node.pdiscard(co, graph, offset, len)
     }
 
-    /// Offers a first part of the range to `to`, without reading it where that is possible. Suspends. For
-    /// drivers; users have [`BlockBackend::copy_range`](crate::BlockBackend::copy_range).
+    /// Offers a first part of the range to `to`, without reading it where that is possible.
+    /// Suspends. For drivers; users have
+    /// [`BlockBackend::copy_range`](crate::BlockBackend::copy_range).
     ///
     /// # Errors
     /// `Closed`, else what a driver returned.
@@ -199,8 +200,8 @@ impl Child {
         self.node.copy_range_from(co, graph, offset, len, to)
     }
 
-    /// Copies a first part of `source` to `offset` without reading it; tells how many bytes that were,
-    /// none where it cannot be done without waiting. Suspends.
+    /// Copies a first part of `source` to `offset` without reading it; tells how many bytes that
+    /// were, none where it cannot be done without waiting. Suspends.
     ///
     /// # Errors
     /// As [`Child::pwrite`].
@@ -232,8 +233,8 @@ impl Child {
         self.node.block_status(co, graph, (offset, len))
     }
 
-    /// Is it known, without reading, that all of the range reads as zeros? Past the end it does. True at some time during
-    /// the call.
+    /// Is it known, without reading, that all of the range reads as zeros? Past the end it does.
+    /// True at some time during the call.
     ///
     /// # Errors
     /// What a driver returned.

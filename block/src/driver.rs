@@ -117,8 +117,8 @@ pub trait Driver: Send + Sync + 'static {
     }
 
     /// Offers a first part of the range to `to` without reading it: hands it on to a child, or to
-    /// `to` where the bytes are in a file of the host. Suspends. The range is not empty and inside the
-    /// node, and not aligned to anything.
+    /// `to` where the bytes are in a file of the host. Suspends. The range is not empty and inside
+    /// the node, and not aligned to anything.
     ///
     /// # Errors
     /// Those of who was asked. What cannot be copied without reading it is [`Copied::No`].
@@ -134,9 +134,9 @@ pub trait Driver: Send + Sync + 'static {
         Ok(Copied::No)
     }
 
-    /// Copies a first part of `source` to `offset` without reading it, and tells how many bytes that
-    /// were. Suspends, but never for another request that may be waiting for one of `source`: then, as
-    /// where it cannot be done, it copies nothing. `offset` and length are multiples of
+    /// Copies a first part of `source` to `offset` without reading it, and tells how many bytes
+    /// that were. Suspends, but never for another request that may be waiting for one of `source`:
+    /// then, as where it cannot be done, it copies nothing. `offset` and length are multiples of
     /// [`Limits::request_alignment`].
     ///
     /// # Errors
@@ -152,12 +152,12 @@ pub trait Driver: Send + Sync + 'static {
         Ok(0)
     }
 
-    /// Tells what the first bytes of the range are, without reading them. Suspends. The range is not
-    /// empty and inside the node, and not aligned to anything.
+    /// Tells what the first bytes of the range are, without reading them. Suspends. The range is
+    /// not empty and inside the node, and not aligned to anything.
     ///
     /// The work is bounded: the answer may be about fewer bytes than asked, at least one. It was
-    /// true at some time during the call. A driver that looks into a child to answer makes sure that
-    /// what it looks at stays what it was meanwhile (rule 9.2).
+    /// true at some time during the call. A driver that looks into a child to answer makes sure
+    /// that what it looks at stays what it was meanwhile (rule 9.2).
     ///
     /// # Errors
     /// What kept it from looking.

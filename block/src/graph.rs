@@ -47,8 +47,8 @@ impl Graph {
         self.wait.main()
     }
 
-    /// Where those meet who wait outside of coroutines and those who change something (rule 3.8): the home of
-    /// the main context may wait for anything.
+    /// Where those meet who wait outside of coroutines and those who change something (rule 3.8):
+    /// the home of the main context may wait for anything.
     pub fn wait(&self) -> &Arc<AioWait> {
         &self.wait
     }

@@ -357,8 +357,9 @@ impl RequestTable {
         });
     }
 
-    /// The same outside of coroutines: polls by `wait` (rule 3.8). Requests run in `context`, or in any
-    /// one if the caller drives the main context. While nobody waits this costs a request nothing.
+    /// The same outside of coroutines: polls by `wait` (rule 3.8). Requests run in `context`, or in
+    /// any one if the caller drives the main context. While nobody waits this costs a request
+    /// nothing.
     ///
     /// # Panics
     /// As [`AioWait::wait_while`].

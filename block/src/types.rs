@@ -139,8 +139,8 @@ pub struct Limits {
     pub discard_alignment: u64,
     /// Longest discard; at least `discard_alignment`.
     pub max_discard: u64,
-    /// Longest transfer that a device below takes as one. Longer ones are taken apart by the kernel,
-    /// side by side, so no node does it; for who tells a guest what is good.
+    /// Longest transfer that a device below takes as one. Longer ones are taken apart by the
+    /// kernel, side by side, so no node does it; for who tells a guest what is good.
     pub device_transfer: u64,
     /// Most pieces of memory in such a transfer, likewise.
     pub device_segments: usize,
@@ -164,8 +164,9 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// These, for requests that nobody on the way to `below`, which keeps the data in that role, has to
-    /// pad, copy or take apart. Zeroes and discards of a format are its own: they change its tables.
+    /// These, for requests that nobody on the way to `below`, which keeps the data in that role,
+    /// has to pad, copy or take apart. Zeroes and discards of a format are its own: they change its
+    /// tables.
     pub(crate) fn through(self, below: &Limits, role: ChildRole) -> Limits {
         let data = Limits {
             request_alignment: self.request_alignment.max(below.request_alignment),

@@ -33,8 +33,8 @@ fn submit(world: &World, f: impl FnOnce() -> Result<AioRequest>) -> AioRequest {
     world.home.with(f).unwrap()
 }
 
-/// Rule 2.4: a request that is over before the submitting call returned calls back later all the same,
-/// from a bottom half of the submitter's context.
+/// Rule 2.4: a request that is over before the submitting call returned calls back later all the
+/// same, from a bottom half of the submitter's context.
 #[test]
 fn a_callback_never_runs_in_the_submitting_call() {
     let world = World::simulated();
@@ -112,8 +112,8 @@ fn all_kinds_of_requests() {
     end(world, backend);
 }
 
-/// Rule 2.1 in this face: a completion after the suspend, out of order, and with an error; the buffer
-/// comes back with each.
+/// Rule 2.1 in this face: a completion after the suspend, out of order, and with an error; the
+/// buffer comes back with each.
 #[test]
 fn completions_come_when_they_come() {
     let disk = SimDisk::with_contents(&[9; 8192]);

@@ -160,7 +160,8 @@ fn contents(world: &World, backend: &BlockBackend) -> Vec<u8> {
 
 const LEN: usize = 300_000;
 
-/// Whatever the two ends are, and wherever the range begins: the bytes arrive, those around stay, the source too.
+/// Whatever the two ends are, and wherever the range begins: the bytes arrive, those around stay,
+/// the source too.
 #[test]
 fn bytes_arrive() {
     let folder = tempfile::tempdir().unwrap();
@@ -246,8 +247,8 @@ fn copies_within_a_file() {
     assert!(std::fs::read(&path).unwrap() == want);
 }
 
-/// The bytes of a file go to a target that takes them from the file, piece by piece; what is not aligned for it is read and
-/// written.
+/// The bytes of a file go to a target that takes them from the file, piece by piece; what is not
+/// aligned for it is read and written.
 #[test]
 fn the_host_copies() {
     let folder = tempfile::tempdir().unwrap();
@@ -397,7 +398,8 @@ fn wrong_copies_are_refused() {
     other.end();
 }
 
-/// A failure of either end is the copy's, and tells where; a full target is told too when the host copies.
+/// A failure of either end is the copy's, and tells where; a full target is told too when the host
+/// copies.
 #[test]
 fn errors_tell_where() {
     let world = World::simulated();
@@ -446,7 +448,8 @@ fn errors_tell_where() {
     world.end();
 }
 
-/// A copy is in flight at both ends until it is over, and a request that must be alone on a part of either waits for it (hazard Q21).
+/// A copy is in flight at both ends until it is over, and a request that must be alone on a part of
+/// either waits for it (hazard Q21).
 #[test]
 fn both_ends_are_in_flight() {
     let world = World::simulated();
@@ -481,7 +484,8 @@ fn both_ends_are_in_flight() {
     end(world, target);
 }
 
-/// A request that is alone on the target is waited for with nothing of the source held: it might itself be waiting for that.
+/// A request that is alone on the target is waited for with nothing of the source held: it might
+/// itself be waiting for that.
 #[test]
 fn the_target_is_waited_for_with_the_source_free() {
     let folder = tempfile::tempdir().unwrap();

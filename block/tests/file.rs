@@ -5,8 +5,8 @@ mod support;
 use coblock_block::{ErrorKind, Limits, MAX_REQUEST, Options, RequestFlags};
 use support::{World, engines, pattern};
 
-/// A buffered read that is alone is served from the page cache by the loop, without the ring; a direct
-/// one never is.
+/// A buffered read that is alone is served from the page cache by the loop, without the ring; a
+/// direct one never is.
 #[test]
 fn lonely_buffered_reads_do_not_enter_the_ring() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

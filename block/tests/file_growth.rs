@@ -137,7 +137,8 @@ fn grown_ahead_and_cut_back() {
     }
 }
 
-/// Small files, and writes inside a file, set nothing aside; a write far past the end leaves a hole.
+/// Small files, and writes inside a file, set nothing aside; a write far past the end leaves a
+/// hole.
 #[test]
 fn only_where_it_is_worth_it() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -1,4 +1,5 @@
-//! Many requests at once, in an order that a seed decides, against something too simple to be wrong.
+//! Many requests at once, in an order that a seed decides, against something too simple to be
+//! wrong.
 #![expect(
     clippy::cast_possible_truncation,
     reason = "small numbers that the test chose"

@@ -520,7 +520,8 @@ fn an_error_tells_where() {
     end(world, backend);
 }
 
-/// Limits of every driver, and of everything below it: a user sees what nobody will pad, copy or take apart.
+/// Limits of every driver, and of everything below it: a user sees what nobody will pad, copy or
+/// take apart.
 #[test]
 fn limits_are_merged_upward() {
     let plain = Limits::default();

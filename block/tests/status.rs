@@ -161,8 +161,9 @@ fn walk(len: u64, mut ask: impl FnMut(u64, u64) -> Result<Status>) -> Vec<(u64, 
     all
 }
 
-/// Pages of a simulated disk are data once written, and zeros before and after (test-block-iothread,
-/// block_status: allocated follows the driver; nothing for an empty range and past the end).
+/// Pages of a simulated disk are data once written, and zeros before and after
+/// (test-block-iothread, block_status: allocated follows the driver; nothing for an empty range and
+/// past the end).
 #[test]
 fn a_disk_tells_what_was_written() {
     let disk = SimDisk::new(64 * K);
@@ -391,7 +392,8 @@ fn a_question_is_a_request() {
     end(world, backend);
 }
 
-/// One layer tells of itself: what it does not hold is zeros only where no backing file can hold it.
+/// One layer tells of itself: what it does not hold is zeros only where no backing file can hold
+/// it.
 #[test]
 fn one_layer() {
     let (world, backend) = layered_world(chain(&[("top", "d.z..."), ("base", "dddd")]));

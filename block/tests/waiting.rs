@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use support::{World, end, sim_world, start};
 
-/// The main home waits for requests that run, and end, on another thread: well, with an error, and with nothing done.
+/// The main home waits for requests that run, and end, on another thread: well, with an error, and
+/// with nothing done.
 #[test]
 fn rule_3_8_completions_on_another_thread_kick() {
     let world = World::with_engine(EngineKind::Threads);
@@ -49,7 +50,8 @@ fn rule_3_8_completions_on_another_thread_kick() {
     end(world, backend);
 }
 
-/// A home waits for its own context: a request that fails late, one that was never held up, and none at all.
+/// A home waits for its own context: a request that fails late, one that was never held up, and
+/// none at all.
 #[test]
 fn rule_3_8_a_home_waits_for_its_own_requests() {
     let disk = SimDisk::new(4096);
@@ -73,7 +75,8 @@ fn rule_3_8_a_home_waits_for_its_own_requests() {
     end(world, backend);
 }
 
-/// Who drives neither the context of the requests nor the main one may not wait: each could wait for the other.
+/// Who drives neither the context of the requests nor the main one may not wait: each could wait
+/// for the other.
 #[test]
 fn rule_3_8_not_between_two_others() {
     let world = World::simulated();

@@ -35,8 +35,8 @@ use crate::protocol::placed::Placed;
 pub(crate) const GUARD: usize = 4096;
 /// Bytes between two neighbouring colours.
 const COLOUR_STEP: usize = 256;
-/// Number of colours. One less than a page has room for: in the lowest place, control block and first
-/// frames would lie in two pages, and cost a sixteenth more memory on average.
+/// Number of colours. One less than a page has room for: in the lowest place, control block and
+/// first frames would lie in two pages, and cost a sixteenth more memory on average.
 const COLOURS: usize = 15;
 /// Size of the first arena of a class; each one after it is [`ARENA_GROWTH`] times as large as the
 /// one before. So a million stacks of 256 KiB fit into nine.

@@ -275,8 +275,8 @@ fn uses_mprotect() -> ! {
     std::process::exit(77);
 }
 
-/// From now on `process_madvise` answers EINVAL in this process; if `single`, so does `madvise(_, _,
-/// MADV_GUARD_INSTALL)`.
+/// From now on `process_madvise` answers EINVAL in this process; if `single`, so does `madvise(_,
+/// _, MADV_GUARD_INSTALL)`.
 fn refuse_guard_markers(single: bool) {
     let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
         code: u16::try_from(code).unwrap(),

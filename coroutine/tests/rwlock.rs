@@ -225,8 +225,8 @@ fn spurious_wakes_do_not_pass() {
     r.enter();
 }
 
-/// Rule 1.10, 4.3: one that is unwound while it waits leaves the queue, and those behind it go on: a
-/// writer that kept readers waiting, a reader in a chain, a holder.
+/// Rule 1.10, 4.3: one that is unwound while it waits leaves the queue, and those behind it go on:
+/// a writer that kept readers waiting, a reader in a chain, a holder.
 #[test]
 fn unwound_ones_leave() {
     let (lock, log) = fresh();

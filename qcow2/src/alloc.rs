@@ -6,9 +6,9 @@
 //!   handed out <-- count lowered to zero <-- nobody reads or writes it any more
 //! ```
 //!
-//! A cluster that lost its last mapping keeps its count until the file says so durably (otherwise a crash would bring
-//! back a mapping to somebody else's data), and until every request that looked it up is done (rule 9.2). Whatever
-//! happens in between, a crash leaks it at worst.
+//! A cluster that lost its last mapping keeps its count until the file says so durably (otherwise a
+//! crash would bring back a mapping to somebody else's data), and until every request that looked
+//! it up is done (rule 9.2). Whatever happens in between, a crash leaks it at worst.
 
 use std::ops::Range;
 
@@ -65,7 +65,8 @@ pub(crate) struct Freed {
 }
 
 impl Qcow2 {
-    /// Takes up to `want` neighbouring free clusters, each with a count of one afterwards; exactly `want` if `exact`.
+    /// Takes up to `want` neighbouring free clusters, each with a count of one afterwards; exactly
+    /// `want` if `exact`.
     ///
     /// # Errors
     /// I/O, or the limits of the format; nothing is allocated then.
@@ -111,7 +112,8 @@ impl Qcow2 {
         })
     }
 
-    /// Finds clusters with a count of zero; makes refcount blocks where the search leaves what they cover.
+    /// Finds clusters with a count of zero; makes refcount blocks where the search leaves what they
+    /// cover.
     fn find_free(
         &self,
         co: &Co,
@@ -135,7 +137,8 @@ impl Qcow2 {
                 if run > 0 && !exact {
                     break;
                 }
-                // All clusters of this range are free, and so is all that follows up to the next block.
+                // All clusters of this range are free, and so is all that follows up to the next
+                // block.
                 let blocks = blocks_for(at.0 % per_block, if exact { want } else { 1 }, per_block);
                 if (block..block + blocks).any(|b| self.refcount_table.get(b) != 0) {
                     // A later block is in the way of a run of this length.
@@ -183,8 +186,8 @@ impl Qcow2 {
         Ok((first, run))
     }
 
-    /// A cluster with a count of zero that holds a table means that the image is damaged: writing there would
-    /// destroy it. (Hazards O14, Q15.)
+    /// A cluster with a count of zero that holds a table means that the image is damaged: writing
+    /// there would destroy it. (Hazards O14, Q15.)
     fn assert_no_table(&self, co: &Co, graph: &GraphRead<'_>, cluster: HostCluster) -> Result<()> {
         match self.table_at(cluster) {
             None => Ok(()),
@@ -213,8 +216,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// `cluster` lost one mapping in memory; its count follows when that is durable. Call it after the change of the L2 or L1
-    /// entry, in the same step.
+    /// `cluster` lost one mapping in memory; its count follows when that is durable. Call it after
+    /// the change of the L2 or L1 entry, in the same step.
     pub(crate) fn unmapped(&self, cluster: HostCluster) {
         self.frees.lock().unmapped.push(Freed {
             cluster,
@@ -284,7 +287,8 @@ impl Qcow2 {
         if durable.is_empty() {
             return Ok(());
         }
-        // A request enters itself before its lookup, so either it is among these or it saw the cluster unmapped.
+        // A request enters itself before its lookup, so either it is among these or it saw the
+        // cluster unmapped.
         let mut in_use = Vec::new();
         self.in_flight.for_each(|range| in_use.push(range));
         let mut busy = Vec::new();
@@ -306,7 +310,8 @@ impl Qcow2 {
                 Ok(0) if freed.give_back => given_back.push(start),
                 Ok(_) => {}
                 Err(error) if error.kind() == ErrorKind::Corrupt && self.check_intact().is_ok() => {
-                    // The count was zero already: the image was damaged before we unmapped the cluster.
+                    // The count was zero already: the image was damaged before we unmapped the
+                    // cluster.
                     log::error!("an unmapped cluster was not counted: {error}");
                 }
                 Err(error) => {
@@ -324,7 +329,8 @@ impl Qcow2 {
         result
     }
 
-    /// Returns the space of free clusters to the file system. The metadata mutex is held, so nobody gets them meanwhile.
+    /// Returns the space of free clusters to the file system. The metadata mutex is held, so nobody
+    /// gets them meanwhile.
     fn give_back(&self, co: &Co, graph: &GraphRead<'_>, mut clusters: Vec<u64>) {
         clusters.sort_unstable();
         let size = self.geometry.cluster_size();
@@ -349,7 +355,8 @@ impl Qcow2 {
     }
 }
 
-/// How many new blocks, laid from `index` of their first range on and followed by `want` clusters, cover both.
+/// How many new blocks, laid from `index` of their first range on and followed by `want` clusters,
+/// cover both.
 fn blocks_for(index: u64, want: u64, per_block: u64) -> u64 {
     let mut blocks = 1;
     while index + blocks + want > blocks * per_block {

@@ -24,7 +24,8 @@ use crate::image_file::{ImageFile, Window};
 use crate::spec;
 use crate::types::{Geometry, HostOffset};
 
-/// Most bytes of an entry that [`Bitmap::decode`] does not refuse, and more: fixed part, name, padding.
+/// Most bytes of an entry that [`Bitmap::decode`] does not refuse, and more: fixed part, name,
+/// padding.
 const ENTRY_LEN_MAX: usize = spec::BITMAP_HEADER_LEN + 0xffff + 8;
 
 bitflags::bitflags! {
@@ -141,7 +142,8 @@ impl Bitmap {
             .get()
     }
 
-    /// Calls `f` with each entry of its table that is in the file; what is behind the end counts as zeros. May suspend.
+    /// Calls `f` with each entry of its table that is in the file; what is behind the end counts as
+    /// zeros. May suspend.
     ///
     /// # Errors
     /// What reading or `f` returned.
@@ -194,11 +196,13 @@ impl BitmapTableEntry {
     }
 }
 
-/// Reads the bitmap directory, and looks at the tables of the bitmaps that can be trusted. May suspend.
+/// Reads the bitmap directory, and looks at the tables of the bitmaps that can be trusted. May
+/// suspend.
 ///
 /// # Errors
-/// An entry that [`Bitmap::decode`] refuses, entries that do not fill the directory, a table of another size than the disk
-/// needs or with a broken entry, tables too large to look at, or what reading returned.
+/// An entry that [`Bitmap::decode`] refuses, entries that do not fill the directory, a table of
+/// another size than the disk needs or with a broken entry, tables too large to look at, or what
+/// reading returned.
 pub fn read(
     file: &ImageFile<'_>,
     header: &Header,

@@ -1,6 +1,7 @@
 //! The cache of metadata slices: lock-free to read, written back in order, bounded in bytes.
 //!
-//! L2 tables and refcount blocks are read and kept in *slices* of at most 4 KiB, as raw big-endian words.
+//! L2 tables and refcount blocks are read and kept in *slices* of at most 4 KiB, as raw big-endian
+//! words.
 //!
 //! ```text
 //!   directory, a word per slice       slots, never unmapped
@@ -8,11 +9,11 @@
 //!   [ 0: not cached               ]                        equal means that the word was valid
 //! ```
 //!
-//! A lookup that hits takes no lock, holds nothing and writes nothing but one recency bit, only where it is
-//! clear. Everything else happens under one short thread lock: who has which slot, who loads, pins,
-//! what is dirty. The victim is found by second chance; dirty, pinned, loading slots and slots on their way to
-//! the disk are none, and who finds no victim waits. What to write when, and after what, is the
-//! business of `writeback.rs`.
+//! A lookup that hits takes no lock, holds nothing and writes nothing but one recency bit, only
+//! where it is clear. Everything else happens under one short thread lock: who has which slot, who
+//! loads, pins, what is dirty. The victim is found by second chance; dirty, pinned, loading slots
+//! and slots on their way to the disk are none, and who finds no victim waits. What to write when,
+//! and after what, is the business of `writeback.rs`.
 
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -43,8 +44,9 @@ pub(crate) struct SliceCache {
     directory: LazyWords,
     slots: Box<[Slot]>,
     state: ThreadLock<State>,
-    /// By slot: woken when it was loaded, or its load was given up. Many of them, because with thousands
-    /// of requests in flight most wait here at first, and a load must not wake those of all others.
+    /// By slot: woken when it was loaded, or its load was given up. Many of them, because with
+    /// thousands of requests in flight most wait here at first, and a load must not wake those of
+    /// all others.
     loaded: [CoQueue; LOAD_QUEUES],
     /// Woken when a slot was unpinned or written back, or a load was given up: it may be a victim.
     room: CoQueue,
@@ -69,8 +71,8 @@ struct State {
     loading: Vec<usize>,
     /// How many slots are dirty or on their way to the file.
     unsaved: usize,
-    /// What slices were read into, for the next reads: on an image far larger than the cache every request
-    /// needs one, and pages that come and go cost as much as the look-up.
+    /// What slices were read into, for the next reads: on an image far larger than the cache every
+    /// request needs one, and pages that come and go cost as much as the look-up.
     spare: Vec<AlignedBuf>,
 }
 
@@ -84,7 +86,8 @@ struct SlotState {
     loading: bool,
     /// The words are newer than the file.
     dirty: bool,
-    /// A copy of the words is on its way to the file: reading the slice anew could see the old ones.
+    /// A copy of the words is on its way to the file: reading the slice anew could see the old
+    /// ones.
     writing: bool,
     pins: u32,
     generation: u32,
@@ -174,8 +177,9 @@ impl SliceCache {
         self.evictions.load(Relaxed)
     }
 
-    /// Calls `look` with the raw words of `slice` if it is cached, and returns its result if the slice was there
-    /// all the time. `look` may see words of another slice; then its result is thrown away.
+    /// Calls `look` with the raw words of `slice` if it is cached, and returns its result if the
+    /// slice was there all the time. `look` may see words of another slice; then its result is
+    /// thrown away.
     #[inline]
     pub fn peek<R>(&self, slice: u64, look: impl FnOnce(&[AtomicU64]) -> R) -> Option<R> {
         let entry = self.directory.get(slice)?;
@@ -244,7 +248,8 @@ impl SliceCache {
         slot_of(entry)
     }
 
-    /// A slot that may be reused, out of the directory. Second chance: two rounds of the hand at most.
+    /// A slot that may be reused, out of the directory. Second chance: two rounds of the hand at
+    /// most.
     fn victim(&self, state: &mut State) -> Option<usize> {
         if state.touched < self.slots.len() {
             let slot = state.touched;
@@ -270,15 +275,15 @@ impl SliceCache {
         None
     }
 
-    /// Takes `slice` out of the directory. Words may be overwritten afterwards: whoever still reads them
-    /// sees the directory change.
+    /// Takes `slice` out of the directory. Words may be overwritten afterwards: whoever still reads
+    /// them sees the directory change.
     fn forget(&self, slice: u64) {
         self.directory.ensure(slice).store(0, Relaxed);
         fence(Release);
     }
 
-    /// Copies every dirty slice at this instant and marks it as on its way to the file. Each copy must come
-    /// back through [`SliceCache::written`].
+    /// Copies every dirty slice at this instant and marks it as on its way to the file. Each copy
+    /// must come back through [`SliceCache::written`].
     pub fn stage_dirty(&self) -> Vec<Staged> {
         let mut state = self.state.lock();
         let mut staged = Vec::with_capacity(state.unsaved);
@@ -322,7 +327,8 @@ impl SliceCache {
         self.room.wake_all();
     }
 
-    /// The table with these slices moved to `host`, where the file has the same words. `switch` publishes the move and runs under the lock.
+    /// The table with these slices moved to `host`, where the file has the same words. `switch`
+    /// publishes the move and runs under the lock.
     pub fn rehome(&self, first_slice: u64, slices: u64, host: HostOffset, switch: impl FnOnce()) {
         let mut state = self.state.lock();
         for its in &mut state.slots {
@@ -392,8 +398,8 @@ fn slot_of(entry: u64) -> Option<usize> {
     in_memory(entry & 0xffff_ffff).checked_sub(1)
 }
 
-/// A raw word as it stands in the file. Words are kept as they were read, so this is no conversion of
-/// byte order but of type.
+/// A raw word as it stands in the file. Words are kept as they were read, so this is no conversion
+/// of byte order but of type.
 #[expect(
     clippy::host_endian_bytes,
     reason = "the word was made by the counterpart of this"
@@ -408,8 +414,8 @@ fn raw_word(bytes: &[u8]) -> u64 {
     u64::from_ne_bytes(bytes.try_into().expect("chunks of eight"))
 }
 
-/// A slot whose slice the holder is reading from the file. Dropped without [`Load::publish`], the slot is
-/// free again.
+/// A slot whose slice the holder is reading from the file. Dropped without [`Load::publish`], the
+/// slot is free again.
 pub(crate) struct Load<'a> {
     cache: &'a SliceCache,
     slot: usize,
@@ -417,8 +423,8 @@ pub(crate) struct Load<'a> {
 }
 
 impl<'a> Load<'a> {
-    /// Shows what was read, if it is still `in_place`: tables move under the same lock. If not, nothing: look up
-    /// the place again.
+    /// Shows what was read, if it is still `in_place`: tables move under the same lock. If not,
+    /// nothing: look up the place again.
     pub fn publish(mut self, bytes: &[u8], in_place: impl FnOnce() -> bool) -> Option<Pin<'a>> {
         let cache = self.cache;
         assert_eq!(bytes.len(), cache.words * 8);
@@ -512,8 +518,9 @@ mod tests {
     use std::cell::Cell;
     use std::rc::Rc;
 
-    /// A load wakes those who wait for its slice and no others. When it woke everybody, 10 000 reads that
-    /// came at once to a new image cost sixty times as much as the same reads 32 at a time.
+    /// A load wakes those who wait for its slice and no others. When it woke everybody, 10 000
+    /// reads that came at once to a new image cost sixty times as much as the same reads 32 at a
+    /// time.
     #[test]
     fn a_load_wakes_only_those_who_wait_for_it() {
         let options = ContextOptions {

@@ -1,8 +1,8 @@
 //! Compressed clusters: inflating one, in pure code.
 //!
 //! A descriptor gives an upper bound of the data's length, in sectors; what follows the end of the
-//! stream belongs to a neighbour. The other end is exact: a stream gives one cluster, neither less nor
-//! more. qcow2 specification, "Compressed Clusters Descriptor".
+//! stream belongs to a neighbour. The other end is exact: a stream gives one cluster, neither less
+//! nor more. qcow2 specification, "Compressed Clusters Descriptor".
 
 use flate2::{Decompress, FlushDecompress, Status};
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};

@@ -1,8 +1,9 @@
 //! Copies by the host from and to an image: the tables say from and to where in the file.
 //!
-//! To an image only whole clusters are copied into new ones: what must be copied on write is read, and
-//! goes the way of all writes. The rules of `block/src/io/copy_range.rs` hold: nothing here waits for another
-//! request while the source is held, so a cluster that another write is about to map is left to that way too.
+//! To an image only whole clusters are copied into new ones: what must be copied on write is read,
+//! and goes the way of all writes. The rules of `block/src/io/copy_range.rs` hold: nothing here
+//! waits for another request while the source is held, so a cluster that another write is about to
+//! map is left to that way too.
 
 use coblock_block::{Copied, CopySource, CopyTarget, GraphRead, RequestKind, Result};
 use coblock_coroutine::Co;
@@ -92,7 +93,8 @@ impl Qcow2 {
     ) -> Result<u64> {
         let size = self.geometry.cluster_size();
         let len = source.len - source.len % size;
-        // With blocks greater than clusters, a write of metadata waits for requests in neighbouring clusters.
+        // With blocks greater than clusters, a write of metadata waits for requests in neighbouring
+        // clusters.
         let apart = self.file.limits(graph).request_alignment <= size;
         if self.geometry.offset_in_cluster(at) != 0 || len == 0 || !apart {
             return Ok(0);

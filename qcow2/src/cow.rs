@@ -28,7 +28,8 @@ use crate::writeback::Counts;
 
 /// Clusters that a write has allocated and not yet entered in their L2 table.
 ///
-/// Published under the metadata mutex before it is released, and taken off under it, on success and on every error.
+/// Published under the metadata mutex before it is released, and taken off under it, on success and
+/// on every error.
 pub(crate) struct PendingAllocation {
     first: GuestCluster,
     clusters: u64,
@@ -119,11 +120,12 @@ pub(crate) struct Cow {
 }
 
 impl Qcow2 {
-    /// Writes a first part of `data` at `at`, where the mapping must change. Returns how many bytes were written; zero when
-    /// the mapping has changed meanwhile and the caller should look again.
+    /// Writes a first part of `data` at `at`, where the mapping must change. Returns how many bytes
+    /// were written; zero when the mapping has changed meanwhile and the caller should look again.
     ///
     /// # Errors
-    /// I/O or a damaged image. The range then holds old or new data, nothing outside it has changed.
+    /// I/O or a damaged image. The range then holds old or new data, nothing outside it has
+    /// changed.
     pub(crate) fn write_allocating(
         &self,
         co: &Co,
@@ -155,8 +157,8 @@ impl Qcow2 {
         }
     }
 
-    /// Third step: maps the clusters that were `written`, gives them back where they were not, and takes the pending
-    /// allocation off. Tells whether they are mapped.
+    /// Third step: maps the clusters that were `written`, gives them back where they were not, and
+    /// takes the pending allocation off. Tells whether they are mapped.
     pub(crate) fn settle(
         &self,
         co: &Co,
@@ -258,7 +260,8 @@ impl Qcow2 {
         }
     }
 
-    /// Where clusters from `first` to `last` may be written, as far as one answer goes, in this slice.
+    /// Where clusters from `first` to `last` may be written, as far as one answer goes, in this
+    /// slice.
     fn need(
         &self,
         pin: &Pin<'_>,

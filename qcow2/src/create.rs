@@ -1,7 +1,7 @@
 //! Makes a new image.
 //!
-//! Tables first, header last: a file that was cut off before is not mistaken for an image. The bytes are those that the
-//! reference writes for the same options, see [`crate::layout`].
+//! Tables first, header last: a file that was cut off before is not mistaken for an image. The
+//! bytes are those that the reference writes for the same options, see [`crate::layout`].
 
 use coblock_block::{ErrorKind, Result};
 
@@ -60,7 +60,8 @@ const REFUSED: [(&str, &str); 5] = [
 ];
 
 impl CreateOptions {
-    /// An image of that size with the reference's defaults: version 3, 64 KiB, 16 bits, nothing preallocated.
+    /// An image of that size with the reference's defaults: version 3, 64 KiB, 16 bits, nothing
+    /// preallocated.
     #[must_use]
     pub const fn new(virtual_size: u64) -> Self {
         Self {
@@ -76,7 +77,8 @@ impl CreateOptions {
         }
     }
 
-    /// Why an option of the reference's `create -o` that has no field here cannot be had; `None` for others.
+    /// Why an option of the reference's `create -o` that has no field here cannot be had; `None`
+    /// for others.
     ///
     /// The caller asks only when the option is given, and on.
     #[must_use]
@@ -159,7 +161,8 @@ impl CreateOptions {
             .backing_format
             .iter()
             .map(|name| Extension::BackingFormat(name.clone()));
-        // As in the reference, a small first cluster is kept for names and extensions that somebody needs.
+        // As in the reference, a small first cluster is kept for names and extensions that somebody
+        // needs.
         let names =
             (v3 && self.cluster_size > 4096).then(|| Extension::FeatureNames(feature_names()));
         Header {
@@ -192,11 +195,12 @@ impl CreateOptions {
     }
 }
 
-/// Makes an image in `file`, whatever was there. Suspends; everything is on stable storage when it returns.
+/// Makes an image in `file`, whatever was there. Suspends; everything is on stable storage when it
+/// returns.
 ///
 /// # Errors
-/// An option that is wrong or too large, a device that is too short, or what writing returned. What is left then has
-/// no header, so it is no image.
+/// An option that is wrong or too large, a device that is too short, or what writing returned. What
+/// is left then has no header, so it is no image.
 pub fn create(file: &ImageFile<'_>, options: &CreateOptions) -> Result<()> {
     let geometry = options.geometry()?;
     let layout = Layout::plan(geometry, options.preallocation != Preallocation::Off)?;

@@ -7,7 +7,8 @@
 //!   flush   writeback.rs
 //! ```
 //!
-//! This is the only file with both plain offsets, as the block layer has them, and ours with their types.
+//! This is the only file with both plain offsets, as the block layer has them, and ours with their
+//! types.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
@@ -72,8 +73,8 @@ impl Qcow2 {
         }
     }
 
-    /// Brings the L2 entry of `at` into the cache, if there is one. Call it with nothing in flight: it
-    /// suspends, and another look-up must follow.
+    /// Brings the L2 entry of `at` into the cache, if there is one. Call it with nothing in flight:
+    /// it suspends, and another look-up must follow.
     #[cold]
     pub(crate) fn load_l2(&self, co: &Co, graph: &GraphRead<'_>, at: GuestOffset) -> Result<()> {
         self.pin_l2(co, graph, at).map(drop)
@@ -92,8 +93,8 @@ impl Qcow2 {
             let in_flight = self
                 .in_flight
                 .begin_unknown(graph.slot(), RequestKind::Other);
-            // Whoever frees a cluster sees us from here on, or we see it unmapped: `begin_unknown` ends with the light
-            // fence that pairs with the heavy one of `lower_durable`.
+            // Whoever frees a cluster sees us from here on, or we see it unmapped: `begin_unknown`
+            // ends with the light fence that pairs with the heavy one of `lower_durable`.
             let Some(Extent { what, len }) = self.lookup(at, into.len() as u64)? else {
                 drop(in_flight);
                 self.load_l2(co, graph, at)?;

@@ -8,9 +8,9 @@
 //!   refcounts  | refcount block offset                        | reserved        |
 //! ```
 //!
-//! Decoding refuses what the specification reserves: a bit that we do not know may change what the others mean. The
-//! consistency check looks at raw entries instead, because it has to count what a broken entry refers to.
-//! qcow2 specification, "Cluster mapping".
+//! Decoding refuses what the specification reserves: a bit that we do not know may change what the
+//! others mean. The consistency check looks at raw entries instead, because it has to count what a
+//! broken entry refers to. qcow2 specification, "Cluster mapping".
 
 #![cfg_attr(
     not(test),
@@ -167,7 +167,8 @@ pub enum L2Entry {
     Compressed {
         /// First byte of the compressed data, at any alignment.
         host: HostOffset,
-        /// Bytes from `host` to the end of the last sector that holds compressed data: an upper bound of its length.
+        /// Bytes from `host` to the end of the last sector that holds compressed data: an upper
+        /// bound of its length.
         len: u64,
     },
 }
@@ -176,7 +177,8 @@ impl L2Entry {
     /// Reads a standard (8-byte) entry; `at` is the start of its guest cluster, for messages.
     ///
     /// # Errors
-    /// Reserved bits, a host offset that is not cluster-aligned, a zero cluster in a version 2 image.
+    /// Reserved bits, a host offset that is not cluster-aligned, a zero cluster in a version 2
+    /// image.
     #[inline]
     pub const fn decode(
         entry: u64,
@@ -225,7 +227,8 @@ impl L2Entry {
     /// The entry as a number.
     ///
     /// # Panics
-    /// A host offset, or compressed data, that no entry can hold: the allocator stays below [`compressed_end`].
+    /// A host offset, or compressed data, that no entry can hold: the allocator stays below
+    /// [`compressed_end`].
     #[must_use]
     pub const fn encode(self, geometry: Geometry) -> u64 {
         match self {
@@ -236,7 +239,8 @@ impl L2Entry {
         }
     }
 
-    /// The host range that the entry refers to, if any: a whole cluster, or the sectors of compressed data.
+    /// The host range that the entry refers to, if any: a whole cluster, or the sectors of
+    /// compressed data.
     #[must_use]
     pub const fn host_range(self, geometry: Geometry) -> Option<(HostOffset, u64)> {
         match self {
@@ -604,7 +608,8 @@ mod tests {
     }
 
     proptest! {
-        /// Every entry that decodes encodes to itself, but for an unallocated one with the copied flag.
+        /// Every entry that decodes encodes to itself, but for an unallocated one with the copied
+        /// flag.
         #[test]
         fn l2_round_trip(entry in any::<u64>(), keep in any::<u64>(), bits in 9_u32..=21) {
             let g = clusters(bits, Version::V3);

@@ -1,7 +1,7 @@
 //! What can be wrong with an image, by name and place.
 //!
-//! An image can make us return one of these and can never make us panic. Each message says what is wrong, what the
-//! value was, and which limit it broke.
+//! An image can make us return one of these and can never make us panic. Each message says what is
+//! wrong, what the value was, and which limit it broke.
 
 use std::fmt;
 

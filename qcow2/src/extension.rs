@@ -4,8 +4,8 @@
 //!   | type (4) | length (4) | data (length) | zeros up to a multiple of 8 |   ...   | 0 | 0 |
 //! ```
 //!
-//! Those that we do not know are kept as they are and written back; so are the order and any repetition.
-//! qcow2 specification, "Header extensions".
+//! Those that we do not know are kept as they are and written back; so are the order and any
+//! repetition. qcow2 specification, "Header extensions".
 
 #![cfg_attr(
     not(test),
@@ -246,13 +246,14 @@ pub(crate) fn decode_names(data: &[u8]) -> impl Iterator<Item = FeatureName> {
         })
 }
 
-/// Appends the extensions; `out` ends at a multiple of 8 before and after. The end mark is the caller's.
+/// Appends the extensions; `out` ends at a multiple of 8 before and after. The end mark is the
+/// caller's.
 pub fn encode(extensions: &[Extension], out: &mut Vec<u8>) {
     for extension in extensions {
         let (kind, data) = encode_one(extension);
         out.extend_from_slice(&kind.to_be_bytes());
-        // Read from, or checked against, a cluster of at most 2 MiB; a longer one fails in the caller, which
-        // compares the whole header with the cluster size.
+        // Read from, or checked against, a cluster of at most 2 MiB; a longer one fails in the
+        // caller, which compares the whole header with the cluster size.
         out.extend_from_slice(&u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
         out.extend_from_slice(&data);
         out.resize(out.len().next_multiple_of(8), 0);

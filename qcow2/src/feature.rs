@@ -1,4 +1,5 @@
-//! Words of the header: feature bits, encryption method, compression type. qcow2 specification, "Header".
+//! Words of the header: feature bits, encryption method, compression type. qcow2 specification,
+//! "Header".
 
 bitflags::bitflags! {
     /// Features that a program must know to open the image.

@@ -1,7 +1,7 @@
 //! Big-endian numbers at fixed places of a structure on disk.
 //!
-//! Reading past the end gives zeros, as the reference reads a file that ends early. Writing past the end is our own
-//! mistake and panics.
+//! Reading past the end gives zeros, as the reference reads a file that ends early. Writing past
+//! the end is our own mistake and panics.
 
 #![cfg_attr(
     not(test),

@@ -13,10 +13,11 @@ use crate::types::Version;
 
 /// The opener of qcow2 images, to be registered under `"qcow2"`.
 ///
-/// Options besides those of every node: `file` (needed); `backing` (options of the backing file, instead of what
-/// the image says; empty: none is opened); `l2-cache-size` and `refcount-cache-size` (bytes);
-/// `request-mode` (`mutex` or `serial`, see [`RequestMode`]); `lazy-refcounts` (what the image says; see [`Tuning`]);
-/// `pass-discard-request` (on) and `pass-discard-other` (off): see [`PassDiscard`].
+/// Options besides those of every node: `file` (needed); `backing` (options of the backing file,
+/// instead of what the image says; empty: none is opened); `l2-cache-size` and
+/// `refcount-cache-size` (bytes); `request-mode` (`mutex` or `serial`, see [`RequestMode`]);
+/// `lazy-refcounts` (what the image says; see [`Tuning`]); `pass-discard-request` (on) and
+/// `pass-discard-other` (off): see [`PassDiscard`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OpenQcow2;
 

@@ -10,9 +10,10 @@
 //!   ... header extensions, backing file name
 //! ```
 //!
-//! Decoding checks all that the header alone can tell; [`Header::validate`] adds what needs the length of the file, and
-//! [`Header::ensure_readable`] and [`Header::ensure_writable`] what forbids a use. Encoding gives the first cluster
-//! again, with unknown fields and extensions as they were. qcow2 specification, "Header".
+//! Decoding checks all that the header alone can tell; [`Header::validate`] adds what needs the
+//! length of the file, and [`Header::ensure_readable`] and [`Header::ensure_writable`] what forbids
+//! a use. Encoding gives the first cluster again, with unknown fields and extensions as they were.
+//! qcow2 specification, "Header".
 
 #![cfg_attr(
     not(test),
@@ -108,9 +109,9 @@ impl Header {
     /// When the file is shorter, what is missing behind the fixed part counts as zeros.
     ///
     /// # Errors
-    /// Any field outside the limits of `docs/qcow2-layout.md`, and incompatible features that we do not know, by the
-    /// names that the image gives them. A feature that we know but cannot serve is left to
-    /// [`Header::ensure_readable`], a missing refcount table to [`Header::validate`].
+    /// Any field outside the limits of `docs/qcow2-layout.md`, and incompatible features that we do
+    /// not know, by the names that the image gives them. A feature that we know but cannot serve is
+    /// left to [`Header::ensure_readable`], a missing refcount table to [`Header::validate`].
     pub fn decode(cluster: &[u8]) -> Result<Self> {
         let version = Self::magic_and_version(cluster)?;
         let (need, refcount_order) = match version {
@@ -317,9 +318,11 @@ impl Header {
         }
     }
 
-    /// Checks what needs the length of the file: that the tables without which nothing can be read are there.
+    /// Checks what needs the length of the file: that the tables without which nothing can be read
+    /// are there.
     ///
-    /// Guest data past the end of the file is legal (it reads as zeros), a table there is a file cut short.
+    /// Guest data past the end of the file is legal (it reads as zeros), a table there is a file
+    /// cut short.
     ///
     /// # Errors
     /// No refcount table, or an L1 or refcount table past the end of the file.
@@ -371,7 +374,8 @@ impl Header {
     /// Whether guest data and metadata can be written.
     ///
     /// # Errors
-    /// As [`Header::ensure_readable`], and for an image that is marked as corrupt. A dirty one gets new refcounts first.
+    /// As [`Header::ensure_readable`], and for an image that is marked as corrupt. A dirty one gets
+    /// new refcounts first.
     pub fn ensure_writable(&self) -> Result<()> {
         self.ensure_readable()?;
         if self.incompatible.contains(Incompatible::CORRUPT) {
@@ -477,10 +481,12 @@ impl Header {
 
     /// The header's fixed part, extensions and backing file name.
     ///
-    /// The name goes right behind the extensions, wherever it was; the rest of the cluster is zeros.
+    /// The name goes right behind the extensions, wherever it was; the rest of the cluster is
+    /// zeros.
     ///
     /// # Errors
-    /// `HeaderTooLarge` when they do not fit one cluster, `BackingLength` for a name that is too long.
+    /// `HeaderTooLarge` when they do not fit one cluster, `BackingLength` for a name that is too
+    /// long.
     pub fn encode(&self) -> Result<Vec<u8>> {
         let geometry = self.geometry;
         let cluster_size = geometry.cluster_size();

@@ -8,8 +8,9 @@
 //!                     power cut; opened for writing: refcounts rebuilt (check/rebuild.rs) --> clean
 //! ```
 //!
-//! The bit is on stable storage before the first such mapping is written, and taken away only after everything else is.
-//! (Hazards O11, O13, Q19. qcow2 specification, "incompatible_features", "Lazy refcounts".)
+//! The bit is on stable storage before the first such mapping is written, and taken away only after
+//! everything else is. (Hazards O11, O13, Q19. qcow2 specification, "incompatible_features", "Lazy
+//! refcounts".)
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -24,7 +25,8 @@ use crate::types::Version;
 
 /// The bits, as far as we know them. Its coroutine mutex is the innermost one.
 pub(crate) struct HeaderBits {
-    /// What the file may have: a bit is here before its write begins, and until a write without it was flushed.
+    /// What the file may have: a bit is here before its write begins, and until a write without it
+    /// was flushed.
     bits: Incompatible,
     /// The dirty bit is on stable storage.
     dirty: bool,
@@ -37,7 +39,8 @@ impl HeaderBits {
 }
 
 impl Qcow2 {
-    /// Says in the file, durably, that refcounts may be behind. Costs I/O only once between opening and closing.
+    /// Says in the file, durably, that refcounts may be behind. Costs I/O only once between opening
+    /// and closing.
     ///
     /// # Errors
     /// I/O; nothing whose count is behind may be written then.
@@ -72,8 +75,8 @@ impl Qcow2 {
         self.file.flush(co, graph)
     }
 
-    /// The image contradicts itself in a way that a write would make worse: marks it as corrupt, in the file too, and
-    /// returns the error for the request that found it. (Hazard O13.)
+    /// The image contradicts itself in a way that a write would make worse: marks it as corrupt, in
+    /// the file too, and returns the error for the request that found it. (Hazard O13.)
     pub(crate) fn signal_corruption(
         &self,
         co: &Co,

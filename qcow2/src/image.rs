@@ -50,7 +50,8 @@ pub struct Qcow2 {
     /// One write-back pass at a time.
     pub(crate) writing_back: CoMutex<()>,
     pub(crate) frees: ThreadLock<Frees>,
-    /// Host ranges of guest data in flight (rule 9.2). A request enters itself with an unknown range *before* its lookup.
+    /// Host ranges of guest data in flight (rule 9.2). A request enters itself with an unknown
+    /// range *before* its lookup.
     pub(crate) in_flight: RequestTable,
     /// Clusters that hold tables.
     pub(crate) tables: ClusterFilter,
@@ -118,7 +119,8 @@ pub enum RequestMode {
     /// Metadata is changed by one request at a time, data I/O is parallel.
     #[default]
     Mutex,
-    /// One request at a time, strictly first in first out: what the conversion of 2011 began with, to compare with.
+    /// One request at a time, strictly first in first out: what the conversion of 2011 began with,
+    /// to compare with.
     Serial,
 }
 
@@ -138,7 +140,8 @@ pub struct Tuning {
     pub caches: CacheSizes,
     /// How requests share the image.
     pub mode: RequestMode,
-    /// Refcounts may be behind the file's mappings while the image is open, and the dirty bit says so. Version 3 only.
+    /// Refcounts may be behind the file's mappings while the image is open, and the dirty bit says
+    /// so. Version 3 only.
     pub lazy_refcounts: bool,
     /// Which freed clusters give their space back.
     pub pass_discard: PassDiscard,
@@ -155,14 +158,16 @@ pub struct PassDiscard {
 
 /// Most bytes for L2 slices unless told otherwise: maps 256 GiB in clusters of 64 KiB.
 pub const L2_CACHE_DEFAULT_MAX: u64 = 32 << 20;
-/// Fewest bytes for L2 slices unless told otherwise: a small disk may grow, and unused slots cost nothing.
+/// Fewest bytes for L2 slices unless told otherwise: a small disk may grow, and unused slots cost
+/// nothing.
 pub const L2_CACHE_DEFAULT_MIN: u64 = 1 << 20;
-/// Bytes for refcount slices unless told otherwise: counts 8 GiB in clusters of 64 KiB at a time, which suits
-/// an allocator that goes from low to high.
+/// Bytes for refcount slices unless told otherwise: counts 8 GiB in clusters of 64 KiB at a time,
+/// which suits an allocator that goes from low to high.
 pub const REFCOUNT_CACHE_DEFAULT: u64 = 256 << 10;
 
 impl CacheSizes {
-    /// What an image of this geometry gets unless told otherwise: enough for all L2 tables, up to a limit.
+    /// What an image of this geometry gets unless told otherwise: enough for all L2 tables, up to a
+    /// limit.
     #[must_use]
     pub fn default_for(geometry: Geometry) -> Self {
         let tables = geometry.virtual_size().div_ceil(geometry.cluster_size()) * 8;
@@ -196,12 +201,14 @@ const _: () = {
 };
 
 impl Qcow2 {
-    /// Opens the image in `file`, whose header was read. A backing file comes by [`Driver::attach`].
+    /// Opens the image in `file`, whose header was read. A backing file comes by
+    /// [`Driver::attach`].
     ///
     /// Suspends. With `read_only` nothing is ever written.
     ///
     /// # Errors
-    /// I/O, a damaged header or table, a feature that we do not serve, an image that needs repair before it is written.
+    /// I/O, a damaged header or table, a feature that we do not serve, an image that needs repair
+    /// before it is written.
     pub fn open(
         co: &Co,
         graph: &GraphRead<'_>,
@@ -273,8 +280,8 @@ impl Qcow2 {
         })
     }
 
-    /// In serial mode, waits until all requests that came before are done. The turn ends before the caller hears
-    /// of its result, so that it may send the next request at once.
+    /// In serial mode, waits until all requests that came before are done. The turn ends before the
+    /// caller hears of its result, so that it may send the next request at once.
     #[inline]
     pub(crate) fn turn(&self, co: &Co) -> Option<CoMutexGuard<'_, ()>> {
         self.turns.as_ref().map(|turns| turns.lock(co))
@@ -322,7 +329,8 @@ impl Qcow2 {
         }
     }
 
-    /// From now on every change fails: what is in memory and what is in the file may contradict each other.
+    /// From now on every change fails: what is in memory and what is in the file may contradict
+    /// each other.
     pub(crate) fn take_no_more_changes(&self, why: &str) {
         if self.stopped.set(why.to_owned()).is_ok() {
             log::error!("the image takes no more changes until it is opened again: {why}");
@@ -335,7 +343,8 @@ impl Qcow2 {
         !frees.unmapped.is_empty() || !frees.durable.is_empty()
     }
 
-    /// The table that `cluster` holds a part of, if any. Slow; asked only where the filter says "perhaps".
+    /// The table that `cluster` holds a part of, if any. Slow; asked only where the filter says
+    /// "perhaps".
     pub(crate) fn table_at(&self, cluster: HostCluster) -> Option<&'static str> {
         if !self.tables.may_contain(cluster) {
             return None;

@@ -1,9 +1,10 @@
 //! The file below an image, as operations on whole images read and write it.
 //!
-//! Such an operation gets one value instead of coroutine, graph and edge: an [`ImageFile`]. It is made from the edge to
-//! the file, or from the handle of a program that has opened the file without its format (to create an image, or to
-//! look at one that cannot be opened). A read past the end gives zeros, as everywhere in a graph of nodes; an offset that
-//! no file can have is an error, so that a table at such a place is not mistaken for an empty one.
+//! Such an operation gets one value instead of coroutine, graph and edge: an [`ImageFile`]. It is
+//! made from the edge to the file, or from the handle of a program that has opened the file without
+//! its format (to create an image, or to look at one that cannot be opened). A read past the end
+//! gives zeros, as everywhere in a graph of nodes; an offset that no file can have is an error, so
+//! that a table at such a place is not mistaken for an empty one.
 
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_block::{BlockBackend, Child, GraphRead, MAX_LENGTH, RequestFlags, Result};
@@ -177,7 +178,8 @@ impl<'a> Window<'a> {
         }
     }
 
-    /// The table from `at` on: at least `need` bytes, with zeros past the end of the file. Suspends.
+    /// The table from `at` on: at least `need` bytes, with zeros past the end of the file.
+    /// Suspends.
     ///
     /// # Errors
     /// What reading returned.

@@ -1,7 +1,7 @@
 //! What `info` tells about an image, without opening anything else.
 //!
-//! Only the image's own file is read: header, snapshot table, bitmap directory. Names of other files are given as the
-//! image spells them, and nobody follows them here (CVE-2024-4467).
+//! Only the image's own file is read: header, snapshot table, bitmap directory. Names of other
+//! files are given as the image spells them, and nobody follows them here (CVE-2024-4467).
 
 use coblock_block::Result;
 
@@ -53,8 +53,8 @@ impl Info {
     /// Reads what there is to tell. Suspends.
     ///
     /// # Errors
-    /// An image that the reference's `info` refuses too: a header, snapshot table or bitmap directory outside its limits,
-    /// no refcount table; or what reading returned.
+    /// An image that the reference's `info` refuses too: a header, snapshot table or bitmap
+    /// directory outside its limits, no refcount table; or what reading returned.
     pub fn read(file: &ImageFile<'_>) -> Result<Self> {
         let header = file.read_header()?;
         Self::of(file, &header)

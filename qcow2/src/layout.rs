@@ -5,8 +5,8 @@
 //!                                                            preallocated       only of large images
 //! ```
 //!
-//! The order is the reference's, so a new image of the usual sizes has the same bytes. Everything here is arithmetic:
-//! [`crate::create`] writes what a [`Layout`] says.
+//! The order is the reference's, so a new image of the usual sizes has the same bytes. Everything
+//! here is arithmetic: [`crate::create`] writes what a [`Layout`] says.
 
 use crate::entry::{L1Entry, L2Entry};
 use crate::error::{Error, Result};
@@ -55,8 +55,8 @@ impl Layout {
         };
         let block_entries = geometry.refcount_block_entries();
         let table_entries = cluster_size / spec::TABLE_ENTRY_LEN;
-        // Refcount structures count themselves: grow both until they are enough. Each round adds less than the last
-        // one by the number of refcounts in a block, which is at least 64.
+        // Refcount structures count themselves: grow both until they are enough. Each round adds
+        // less than the last one by the number of refcounts in a block, which is at least 64.
         let (mut table, mut blocks) = (1, 1);
         loop {
             let total = 1 + table + blocks + l1_clusters + l2_tables + data_clusters;

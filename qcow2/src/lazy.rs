@@ -1,8 +1,8 @@
 //! Arrays of atomic words that grow without moving and cost memory only where they are touched.
 //!
-//! The hot path reads tables (L1, the cache's directory) without any lock while a resize or a miss may
-//! be adding to them, so an element must never move. Words live in chunks of 512, chunks hang in buckets
-//! that double in size:
+//! The hot path reads tables (L1, the cache's directory) without any lock while a resize or a miss
+//! may be adding to them, so an element must never move. Words live in chunks of 512, chunks hang
+//! in buckets that double in size:
 //!
 //! ```text
 //!   bucket 0: chunk 0          bucket 1: chunks 1 2       bucket 2: chunks 3 4 5 6      ...

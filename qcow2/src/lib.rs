@@ -1,7 +1,7 @@
 //! The qcow2 image format.
 //!
-//! An image is a file of clusters. The guest's disk is found through two levels of tables, the use of every cluster is
-//! counted in refcounts:
+//! An image is a file of clusters. The guest's disk is found through two levels of tables, the use
+//! of every cluster is counted in refcounts:
 //!
 //! ```text
 //!   cluster 0                     guest offset -> host offset

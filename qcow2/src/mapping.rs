@@ -4,8 +4,9 @@
 //!   guest offset -> L1 entry, in memory -> slice of an L2 table, cached -> L2 entry -> host offset
 //! ```
 //!
-//! A lookup that hits the cache takes no lock at all. What it returns is true only until the next suspend: between the lookup and the
-//! I/O that uses it nothing suspends, and the request stands in the table of requests in flight all the time (rule 9.2).
+//! A lookup that hits the cache takes no lock at all. What it returns is true only until the next
+//! suspend: between the lookup and the I/O that uses it nothing suspends, and the request stands in
+//! the table of requests in flight all the time (rule 9.2).
 
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_block::types::in_memory;
@@ -29,7 +30,8 @@ pub(crate) struct Extent {
 /// Where the bytes of an [`Extent`] are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mapped {
-    /// In the image, from this byte on. `in_place`: nobody else refers to these clusters, so they may be overwritten.
+    /// In the image, from this byte on. `in_place`: nobody else refers to these clusters, so they
+    /// may be overwritten.
     Data { host: HostOffset, in_place: bool },
     /// Nowhere: they read as zeros.
     Zero,
@@ -53,7 +55,8 @@ impl Qcow2 {
         self.geometry.cluster_size() / self.l2.slice_bytes()
     }
 
-    /// Looks up to `len` bytes from `at` up without suspending. Nothing where the entry is not in the cache.
+    /// Looks up to `len` bytes from `at` up without suspending. Nothing where the entry is not in
+    /// the cache.
     ///
     /// # Errors
     /// A damaged entry.
@@ -112,7 +115,8 @@ impl Qcow2 {
                         in_place: next_in_place,
                     },
                 ) => in_place == next_in_place && next_host.0 == host.0 + known,
-                // Equal ones are of the same kind and in no place; each compressed cluster is on its own.
+                // Equal ones are of the same kind and in no place; each compressed cluster is on
+                // its own.
                 (Mapped::Compressed { .. }, _) => false,
                 (first, next) => first == next,
             };
@@ -271,7 +275,8 @@ impl Qcow2 {
         run: crate::alloc::Run,
     ) -> Result<()> {
         let size = self.geometry.cluster_size();
-        // Past the old end of the file everything reads as zeros; a last piece makes the file reach so far.
+        // Past the old end of the file everything reads as zeros; a last piece makes the file reach
+        // so far.
         let len = if run.fresh { size.min(4096) } else { size };
         let zeros = buffer(in_memory(len))?;
         let at = run.start.0 + size - len;

@@ -1,7 +1,8 @@
 //! A table that is in memory as a whole: the L1 table and the refcount table.
 //!
 //! Reading an entry is one load. Changed entries are remembered and written back alone, never with
-//! their neighbours: a neighbour may have changed later, and what it points at may not be in the file yet.
+//! their neighbours: a neighbour may have changed later, and what it points at may not be in the
+//! file yet.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
@@ -117,7 +118,8 @@ impl MemTable {
         runs
     }
 
-    /// Gives back entries that did not reach the file. One that changed again keeps its newer value.
+    /// Gives back entries that did not reach the file. One that changed again keeps its newer
+    /// value.
     pub fn unstage(&self, runs: &[StagedEntries]) {
         let mut place = self.place.lock();
         for run in runs {
@@ -140,7 +142,8 @@ impl MemTable {
             .collect()
     }
 
-    /// The file has a longer copy of the table at `offset`, with every entry as it is now and these `added`.
+    /// The file has a longer copy of the table at `offset`, with every entry as it is now and these
+    /// `added`.
     pub fn moved(&self, offset: HostOffset, entries: u64, added: &[(u64, u64)]) {
         let mut place = self.place.lock();
         assert!(

@@ -1,9 +1,9 @@
 //! "Is there metadata at this host offset?", asked before every write.
 //!
-//! A damaged image can lead guest data over tables, and a bug of ours could hand out a table's cluster. The
-//! answer costs one load for almost every write: a filter of hashed bits knows every cluster that ever held a
-//! table. Only where its bit is set, the tables themselves are searched. (Hazard O14; the reference searches them for
-//! every write.)
+//! A damaged image can lead guest data over tables, and a bug of ours could hand out a table's
+//! cluster. The answer costs one load for almost every write: a filter of hashed bits knows every
+//! cluster that ever held a table. Only where its bit is set, the tables themselves are searched.
+//! (Hazard O14; the reference searches them for every write.)
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -12,7 +12,8 @@ use coblock_block::types::in_memory;
 
 use crate::types::HostCluster;
 
-/// Bits per table at the time the image is opened: a twelfth of the lookups of a full filter go on to the search.
+/// Bits per table at the time the image is opened: a twelfth of the lookups of a full filter go on
+/// to the search.
 const BITS_PER_TABLE: u64 = 16;
 const BITS_MIN: u64 = 1 << 16;
 const BITS_MAX: u64 = 1 << 25;

@@ -5,10 +5,10 @@
 //!   [ block 0 | block 1 | ... ]   ->   [ count | count | ... ]
 //! ```
 //!
-//! Everything here runs under the metadata mutex (`meta: &mut Meta` is its proof). Counts change in memory; the
-//! order in which they reach the file is that of `writeback.rs`. Nothing here calls itself: a new block describes itself,
-//! and a new table lies with its blocks in an area that describes itself, so an image cannot
-//! make the allocator recurse.
+//! Everything here runs under the metadata mutex (`meta: &mut Meta` is its proof). Counts change in
+//! memory; the order in which they reach the file is that of `writeback.rs`. Nothing here calls
+//! itself: a new block describes itself, and a new table lies with its blocks in an area that
+//! describes itself, so an image cannot make the allocator recurse.
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -26,7 +26,8 @@ use crate::width::RefcountWidth;
 use crate::writeback::Counts;
 
 impl Qcow2 {
-    /// Where the slice with the count of `cluster` is: number of the slice, index of the count in it.
+    /// Where the slice with the count of `cluster` is: number of the slice, index of the count in
+    /// it.
     fn refcount_place(&self, cluster: HostCluster) -> (u64, usize) {
         let counts = self.refcounts.slice_bytes() * 8 / u64::from(self.geometry.refcount_bits());
         (cluster.0 / counts, in_memory(cluster.0 % counts))
@@ -37,7 +38,8 @@ impl Qcow2 {
         in_memory(self.refcounts.slice_bytes() * 8) / self.geometry.refcount_bits() as usize
     }
 
-    /// The slice with the count of `cluster`, and the index of the count in it. Nothing where no block covers `cluster`.
+    /// The slice with the count of `cluster`, and the index of the count in it. Nothing where no
+    /// block covers `cluster`.
     pub(crate) fn pin_refcounts(
         &self,
         co: &Co,
@@ -76,10 +78,12 @@ impl Qcow2 {
 
     /// Raises or lowers the count of `cluster` by one and returns the new count.
     ///
-    /// At zero the cluster may be handed out again at once: whoever lowers a count makes sure that nothing in the file leads there.
+    /// At zero the cluster may be handed out again at once: whoever lowers a count makes sure that
+    /// nothing in the file leads there.
     ///
     /// # Errors
-    /// I/O, or a damaged image: no block covers the cluster, the count is zero already or at its maximum. Nothing has changed.
+    /// I/O, or a damaged image: no block covers the cluster, the count is zero already or at its
+    /// maximum. Nothing has changed.
     pub(crate) fn change_refcount(
         &self,
         co: &Co,
@@ -130,11 +134,12 @@ impl Qcow2 {
         Ok(new)
     }
 
-    /// Makes `count` refcount blocks for the ranges from that of `at` on, in the clusters from `at` on. None of these ranges
-    /// has a block, so all their clusters are free.
+    /// Makes `count` refcount blocks for the ranges from that of `at` on, in the clusters from `at`
+    /// on. None of these ranges has a block, so all their clusters are free.
     ///
     /// # Errors
-    /// I/O, or the table would grow past its limit. Nothing has changed but perhaps unused clusters of the file.
+    /// I/O, or the table would grow past its limit. Nothing has changed but perhaps unused clusters
+    /// of the file.
     pub(crate) fn add_refcount_blocks(
         &self,
         co: &Co,
@@ -152,7 +157,8 @@ impl Qcow2 {
         // Whether or not the write succeeds, something may be in these clusters afterwards.
         meta.clusters_written(self.geometry.host_start(HostCluster(at.0 + count)));
         self.write_self_describing_blocks(co, graph, at, count, count)?;
-        // The blocks are complete in the file before anything points to them: from here on nothing can fail.
+        // The blocks are complete in the file before anything points to them: from here on nothing
+        // can fail.
         for nth in 0..count {
             let block = HostCluster(at.0 + nth);
             self.refcount_table
@@ -198,12 +204,13 @@ impl Qcow2 {
 
     /// Moves the refcount table to a greater one that has at least `entries`.
     ///
-    /// The new table, and the blocks that count it, lie in an area past everything that the old table covers:
-    /// no count of the old table changes before the header points to the new one. (Hazard O7.)
+    /// The new table, and the blocks that count it, lie in an area past everything that the old
+    /// table covers: no count of the old table changes before the header points to the new one.
+    /// (Hazard O7.)
     ///
     /// # Errors
-    /// I/O, or the limit of the format. Before the header is written, nothing has changed; when its write fails, nobody
-    /// can know which table the file has, and the image takes no more changes.
+    /// I/O, or the limit of the format. Before the header is written, nothing has changed; when its
+    /// write fails, nobody can know which table the file has, and the image takes no more changes.
     pub(crate) fn grow_refcount_table(
         &self,
         co: &Co,

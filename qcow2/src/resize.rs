@@ -15,10 +15,12 @@ use crate::writeback::Counts;
 use crate::zero::Empty;
 
 impl Qcow2 {
-    /// Makes the disk `len` bytes long; what is added reads as zeros, and is allocated only where a backing file would show.
+    /// Makes the disk `len` bytes long; what is added reads as zeros, and is allocated only where a
+    /// backing file would show.
     ///
     /// # Errors
-    /// A shorter disk, one that is not whole sectors, the limits of the format, or I/O; the size is as before then.
+    /// A shorter disk, one that is not whole sectors, the limits of the format, or I/O; the size is
+    /// as before then.
     pub(crate) fn resize(&self, co: &Co, graph: &GraphRead<'_>, len: u64) -> Result<()> {
         self.check_intact()?;
         if !len.is_multiple_of(512) {
@@ -43,8 +45,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Where the backing file is longer than the disk was, the disk has zeros from `old` to `new`. Nobody else
-    /// writes meanwhile: a resize is alone.
+    /// Where the backing file is longer than the disk was, the disk has zeros from `old` to `new`.
+    /// Nobody else writes meanwhile: a resize is alone.
     fn hide_backing(&self, co: &Co, graph: &GraphRead<'_>, old: u64, new: u64) -> Result<()> {
         let behind = self.backing.get().map_or(0, |backing| backing.len(graph));
         let end = new.min(behind);
@@ -81,7 +83,8 @@ impl Qcow2 {
             return Err(Error::L1TooLarge { bytes }.into());
         }
         let run = self.allocate(co, graph, meta, geometry.clusters(bytes).0, true)?;
-        // Every table that the copy will name is complete in the file, and the counts of the new place are durable.
+        // Every table that the copy will name is complete in the file, and the counts of the new
+        // place are durable.
         self.write_back(co, graph, true, Counts::Written)?;
         let table = self.l1.to_bytes(entries);
         let none = RequestFlags::empty();

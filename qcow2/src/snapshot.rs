@@ -8,9 +8,9 @@
 //!   .. id, name, zeros up to a multiple of 8
 //! ```
 //!
-//! Entries have different lengths and the header knows only how many there are, so a table can only be read from its
-//! start. An L1 table that a snapshot keeps is checked when it is used, not here: listing an image must not depend on
-//! it. qcow2 specification, "Snapshots".
+//! Entries have different lengths and the header knows only how many there are, so a table can only
+//! be read from its start. An L1 table that a snapshot keeps is checked when it is used, not here:
+//! listing an image must not depend on it. qcow2 specification, "Snapshots".
 
 #![cfg_attr(
     not(test),
@@ -55,7 +55,8 @@ pub struct Snapshot {
     pub vm_clock_nanoseconds: u64,
     /// Bytes of VM state that it keeps behind the end of the disk; 0: the disk only.
     pub vm_state_size: u64,
-    /// Virtual size of the disk then; `None` in an entry that does not tell, where it is the image's size.
+    /// Virtual size of the disk then; `None` in an entry that does not tell, where it is the
+    /// image's size.
     pub disk_size: Option<u64>,
     /// Instructions that the guest had executed, where they were counted.
     pub icount: Option<u64>,
@@ -164,7 +165,8 @@ impl SnapshotTable {
     /// Reads the table that `header` points to. May suspend.
     ///
     /// # Errors
-    /// A table of more than 64 MiB, an entry that [`Snapshot::decode`] refuses, or what reading returned.
+    /// A table of more than 64 MiB, an entry that [`Snapshot::decode`] refuses, or what reading
+    /// returned.
     pub fn read(file: &ImageFile<'_>, header: &Header) -> coblock_block::Result<Self> {
         let mut table = Self::default();
         let mut window = Window::new(*file, header.snapshots_offset.get());

@@ -1,7 +1,8 @@
-//! Constants of the qcow2 specification, and the limits that we put on fields the specification leaves open.
+//! Constants of the qcow2 specification, and the limits that we put on fields the specification
+//! leaves open.
 //!
-//! Names follow the specification; every bound of the second half is a row of `docs/qcow2-layout.md`. Nothing here
-//! computes anything.
+//! Names follow the specification; every bound of the second half is a row of
+//! `docs/qcow2-layout.md`. Nothing here computes anything.
 
 /// `QFI\xfb`, the first four bytes of an image. qcow2 specification, "Header".
 pub const MAGIC: u32 = 0x5146_49fb;
@@ -15,11 +16,14 @@ pub const HEADER_LEN_V3: u32 = 112;
 
 /// Byte offset of the virtual size.
 pub const HEADER_AT_SIZE: u64 = 24;
-/// Byte offset of `l1_size` in the header; `l1_table_offset` follows it, so both change in one 12-byte write.
+/// Byte offset of `l1_size` in the header; `l1_table_offset` follows it, so both change in one
+/// 12-byte write.
 pub const HEADER_AT_L1_SIZE: u64 = 36;
-/// Byte offset of `refcount_table_offset`; `refcount_table_clusters` follows it, so both change in one 12-byte write.
+/// Byte offset of `refcount_table_offset`; `refcount_table_clusters` follows it, so both change in
+/// one 12-byte write.
 pub const HEADER_AT_REFCOUNT_TABLE: u64 = 48;
-/// Byte offset of `nb_snapshots`; `snapshots_offset` follows it, so both change in one 12-byte write.
+/// Byte offset of `nb_snapshots`; `snapshots_offset` follows it, so both change in one 12-byte
+/// write.
 pub const HEADER_AT_SNAPSHOTS: u64 = 60;
 /// Byte offset of the incompatible feature bits (version 3).
 pub const HEADER_AT_INCOMPATIBLE: u64 = 72;
@@ -104,7 +108,8 @@ pub const BITMAP_DIRECTORY_LEN_MAX: u64 = 64 << 20;
 pub const BITMAP_HEADER_LEN: usize = 24;
 /// Most entries of a bitmap table.
 pub const BITMAP_TABLE_ENTRIES_MAX: u32 = 0x0800_0000;
-/// Most bytes of the tables of all bitmaps that are looked at: the bits of 2 TiB of bitmaps with the usual clusters.
+/// Most bytes of the tables of all bitmaps that are looked at: the bits of 2 TiB of bitmaps with
+/// the usual clusters.
 pub const BITMAP_TABLES_LEN_MAX: u64 = 256 << 20;
 /// Most bytes that the bits of one bitmap may need in memory.
 pub const BITMAP_MEMORY_MAX: u64 = 0x2000_0000;

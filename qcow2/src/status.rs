@@ -7,9 +7,9 @@
 //! | data | yes | where the file has a hole, in images with preallocated metadata | the file |
 //! | compressed | yes | | nowhere byte for byte |
 //!
-//! An answer covers a run of clusters of one kind which lie side by side, over several slices of L2 tables as long as these
-//! are in the cache, and no more than [`SLICES_MAX`] of them. It is put together without a suspend, so it was true at
-//! one time.
+//! An answer covers a run of clusters of one kind which lie side by side, over several slices of L2
+//! tables as long as these are in the cache, and no more than [`SLICES_MAX`] of them. It is put
+//! together without a suspend, so it was true at one time.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Acquire;
@@ -110,7 +110,8 @@ impl Qcow2 {
                     ..DriverStatus::data(len)
                 }),
                 Kind::Data { host } if look_into_file => {
-                    // Rule 9.2: nobody else gets these clusters while their place in the file is looked at.
+                    // Rule 9.2: nobody else gets these clusters while their place in the file is
+                    // looked at.
                     in_flight.set_range(host.0, len);
                     let mut status = data_in(&self.file, co, graph, host, len)?;
                     status.place = in_file(host);
@@ -121,7 +122,8 @@ impl Qcow2 {
         }
     }
 
-    /// The run from `at` on, of at most `len` bytes. Nothing where its first entry is not in the cache. Does not suspend.
+    /// The run from `at` on, of at most `len` bytes. Nothing where its first entry is not in the
+    /// cache. Does not suspend.
     fn run(&self, at: GuestOffset, len: u64) -> Result<Option<Run>> {
         let Some(mut run) = self.run_in_slice(at, len)? else {
             return Ok(None);
@@ -198,9 +200,10 @@ impl Qcow2 {
         })
     }
 
-    /// Are clusters in use of which the file holds nothing? Then the file knows better than the tables what reads as
-    /// zeros. Found out once, as the reference does: by comparing how many clusters are counted with how much
-    /// storage the file takes up. What cannot be found out is no.
+    /// Are clusters in use of which the file holds nothing? Then the file knows better than the
+    /// tables what reads as zeros. Found out once, as the reference does: by comparing how many
+    /// clusters are counted with how much storage the file takes up. What cannot be found out is
+    /// no.
     fn has_preallocated_metadata(&self, co: &Co, graph: &GraphRead<'_>) -> bool {
         if let Some(known) = self.preallocated.get() {
             return *known;

@@ -1,8 +1,9 @@
 //! Offsets, clusters and the one conversion table between them.
 //!
-//! A qcow2 image has two address spaces. The *guest* sees a disk; the *host* file holds tables and data. Each has
-//! offsets in bytes and clusters; mixing them up is the classic error, so each has its own type. [`Geometry`] was checked
-//! once, when the header was read, and does all conversions: none of its methods can fail or overflow.
+//! A qcow2 image has two address spaces. The *guest* sees a disk; the *host* file holds tables and
+//! data. Each has offsets in bytes and clusters; mixing them up is the classic error, so each has
+//! its own type. [`Geometry`] was checked once, when the header was read, and does all conversions:
+//! none of its methods can fail or overflow.
 //!
 //! ```text
 //!   guest offset   | l1_index              | l2_index       | offset_in_cluster |
@@ -138,7 +139,8 @@ impl Version {
     }
 }
 
-/// Sizes of an image's units, checked once; does all conversions between offsets, clusters and table indices.
+/// Sizes of an image's units, checked once; does all conversions between offsets, clusters and
+/// table indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     virtual_size: u64,
@@ -152,8 +154,8 @@ impl Geometry {
     /// Checks the fields of a header against each other's limits.
     ///
     /// # Errors
-    /// Cluster size outside 512 B to 2 MiB, refcounts wider than 64 bits (or not 16 bits in version 2), or a virtual
-    /// size of 2^63 bytes and more.
+    /// Cluster size outside 512 B to 2 MiB, refcounts wider than 64 bits (or not 16 bits in version
+    /// 2), or a virtual size of 2^63 bytes and more.
     pub fn new(
         version: Version,
         cluster_bits: u32,
@@ -297,7 +299,8 @@ impl Geometry {
         index(at.0 >> self.cluster_bits) & (self.l2_entries() - 1)
     }
 
-    /// First guest byte that slot `l2_index` of the table behind `l1_index` covers, or `None` past the end of `u64`.
+    /// First guest byte that slot `l2_index` of the table behind `l1_index` covers, or `None` past
+    /// the end of `u64`.
     #[must_use]
     pub fn guest_offset(self, l1_index: u64, l2_index: u64) -> Option<GuestOffset> {
         let start = l1_index.checked_mul(self.l1_entry_coverage())?;

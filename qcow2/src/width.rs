@@ -5,9 +5,9 @@
 //!   4, 2, 1 bits         several in a byte, the first in the low bits:  byte 0 = | 1 0 | with 4 bits
 //! ```
 //!
-//! Both views of a block are served: its bytes, and 64-bit words. A word is the number that its eight bytes make read
-//! big-endian (`u64::from_be_bytes`), whatever machine we run on; a refcount never straddles two words.
-//! qcow2 specification, "Refcount block entries".
+//! Both views of a block are served: its bytes, and 64-bit words. A word is the number that its
+//! eight bytes make read big-endian (`u64::from_be_bytes`), whatever machine we run on; a refcount
+//! never straddles two words. qcow2 specification, "Refcount block entries".
 
 /// Width of the refcounts of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,8 @@ impl RefcountWidth {
         index >> (6 - self.order)
     }
 
-    /// Refcount `index` (of the block) out of its word, the number that [`RefcountWidth::word_index`] names.
+    /// Refcount `index` (of the block) out of its word, the number that
+    /// [`RefcountWidth::word_index`] names.
     #[inline]
     #[must_use]
     pub const fn get_in_word(self, word: u64, index: usize) -> u64 {

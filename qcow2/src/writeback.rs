@@ -1,6 +1,8 @@
-//! What reaches the file in which order, so that a power cut at any moment leaks clusters and does nothing worse.
+//! What reaches the file in which order, so that a power cut at any moment leaks clusters and does
+//! nothing worse.
 //!
-//! Metadata changes in memory and is written back in passes, by a flush or because a cache is full of changes:
+//! Metadata changes in memory and is written back in passes, by a flush or because a cache is full
+//! of changes:
 //!
 //! ```text
 //!   copies of everything dirty, at one instant
@@ -12,15 +14,17 @@
 //!      flush             only if the caller needs it; then freed clusters may lose their counts
 //! ```
 //!
-//! So a count is durable before a mapping (O1), data before its mapping (O4), a block and a table before the pointer to it (O5,
-//! O6), and since counts are lowered only after step 3 was flushed, an unmapping is durable before its count goes down
-//! (O2). There are no dependencies between cache entries, so there can be no cycle of them (O3).
+//! So a count is durable before a mapping (O1), data before its mapping (O4), a block and a table
+//! before the pointer to it (O5, O6), and since counts are lowered only after step 3 was flushed,
+//! an unmapping is durable before its count goes down (O2). There are no dependencies between cache
+//! entries, so there can be no cycle of them (O3).
 //!
-//! With lazy refcounts a pass may leave out step 1, and the counts stay in memory. Before the first mapping is written whose
-//! count does so, the header says durably that the image is dirty (O11, `header_bits.rs`); all else keeps its order.
+//! With lazy refcounts a pass may leave out step 1, and the counts stay in memory. Before the first
+//! mapping is written whose count does so, the header says durably that the image is dirty (O11,
+//! `header_bits.rs`); all else keeps its order.
 //!
-//! Passes run one at a time. They work on copies and hold neither the metadata mutex nor a pin: a request that holds the
-//! mutex may run a pass, and others go on allocating.
+//! Passes run one at a time. They work on copies and hold neither the metadata mutex nor a pin: a
+//! request that holds the mutex may run a pass, and others go on allocating.
 
 use coblock_aio::IoVec;
 use coblock_block::{GraphRead, RequestFlags, Result};
@@ -56,7 +60,8 @@ impl Qcow2 {
     /// Writes everything back that is dirty now, in order; `durable`: and makes it so.
     ///
     /// # Errors
-    /// I/O. What did not reach the file is dirty again, and nothing in the file points to something unwritten.
+    /// I/O. What did not reach the file is dirty again, and nothing in the file points to something
+    /// unwritten.
     pub(crate) fn write_back(
         &self,
         co: &Co,
@@ -66,8 +71,9 @@ impl Qcow2 {
     ) -> Result<()> {
         let _one_at_a_time = self.writing_back.lock(co);
         self.check_intact()?;
-        // The order of these copies matters when other threads go on: a mapping that is copied here has its count, which
-        // was raised earlier, copied below; a freed cluster taken here has its unmapping copied below.
+        // The order of these copies matters when other threads go on: a mapping that is copied here
+        // has its count, which was raised earlier, copied below; a freed cluster taken here has its
+        // unmapping copied below.
         let freed = std::mem::take(&mut self.frees.lock().unmapped);
         let l2 = self.l2.stage_dirty();
         let l1 = self.l1.stage_dirty();
@@ -163,7 +169,8 @@ impl Qcow2 {
             .pwrite(co, graph, at, IoVec::from(bytes), RequestFlags::empty())
     }
 
-    /// Changes neighbouring header fields that switch from an old table to a new one, in one write, durably.
+    /// Changes neighbouring header fields that switch from an old table to a new one, in one write,
+    /// durably.
     ///
     /// # Errors
     /// I/O. Nobody can know then which of the two the file has: the image takes no more changes.

@@ -8,10 +8,10 @@
 //! | unallocated | zero | zeroes: zero; discard: zero over a backing file, else as it is |
 //!
 //! Version 2 has no zero flag: without a backing file "unallocated" says the same, with one nothing
-//! does, and the block layer writes zeros. Whole clusters only; the last one may be cut off by the end of
-//! the disk, and a part of one is as good as all of it where the rest reads as zeros without data. A range
-//! with a pending allocation is waited for (rule 9.1); freed clusters go the way of all others (rule 9.2),
-//! and those of a discard are given back to the file system on it.
+//! does, and the block layer writes zeros. Whole clusters only; the last one may be cut off by the
+//! end of the disk, and a part of one is as good as all of it where the rest reads as zeros without
+//! data. A range with a pending allocation is waited for (rule 9.1); freed clusters go the way of
+//! all others (rule 9.2), and those of a discard are given back to the file system on it.
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -51,8 +51,8 @@ impl Qcow2 {
     /// Empties the clusters of `len` bytes at `at`, which is the start of one.
     ///
     /// # Errors
-    /// `NotSupported` in version 2 over a backing file; I/O or a damaged image: some of the clusters
-    /// may be empty then.
+    /// `NotSupported` in version 2 over a backing file; I/O or a damaged image: some of the
+    /// clusters may be empty then.
     pub(crate) fn empty_clusters(
         &self,
         co: &Co,
@@ -122,10 +122,12 @@ impl Qcow2 {
         }
     }
 
-    /// Empties the cluster that a part of `len` bytes at `at` lies in, where all of it reads as zeros then.
+    /// Empties the cluster that a part of `len` bytes at `at` lies in, where all of it reads as
+    /// zeros then.
     ///
     /// # Errors
-    /// `NotSupported` where the rest is data, or nobody knows what it is; as [`Qcow2::empty_clusters`].
+    /// `NotSupported` where the rest is data, or nobody knows what it is; as
+    /// [`Qcow2::empty_clusters`].
     pub(crate) fn empty_part(
         &self,
         co: &Co,

@@ -119,8 +119,9 @@ fn deflate(data: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Compressed data that gives less than a cluster, more, or nothing is an error of the requests that need it, with the place; the
-/// rest of the image stays as good as it was. (The reference takes the beginning of what gives more.)
+/// Compressed data that gives less than a cluster, more, or nothing is an error of the requests
+/// that need it, with the place; the rest of the image stays as good as it was. (The reference
+/// takes the beginning of what gives more.)
 #[test]
 fn compressed_clusters_that_are_not_one() {
     let folder = tempfile::tempdir().unwrap();
@@ -191,8 +192,8 @@ fn compressed_clusters_that_are_not_one() {
     }
 }
 
-/// A backing file that is shorter or longer than the image, or becomes so while the image is open: what is not there reads as
-/// zeros, and nothing panics or fails.
+/// A backing file that is shorter or longer than the image, or becomes so while the image is open:
+/// what is not there reads as zeros, and nothing panics or fails.
 #[test]
 fn a_chain_that_changes_size() {
     let folder = tempfile::tempdir().unwrap();

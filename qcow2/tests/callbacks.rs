@@ -1,4 +1,5 @@
-//! Requests with callbacks on an image: a synchronous request in a callback works in both request modes (rules 2.4, 2.6).
+//! Requests with callbacks on an image: a synchronous request in a callback works in both request
+//! modes (rules 2.4, 2.6).
 
 use coblock_aio::{ContextOptions, EngineKind, Home};
 use coblock_block::{
@@ -10,7 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 mod support;
 
-/// In serial mode a request has left the line before its callback runs: the original did it after, and hung.
+/// In serial mode a request has left the line before its callback runs: the original did it after,
+/// and hung.
 #[test]
 fn rule_2_6_a_synchronous_request_in_a_callback() {
     for mode in ["mutex", "serial"] {

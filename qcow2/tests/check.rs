@@ -43,7 +43,8 @@ fn theirs(path: &Path) -> Option<(Result<CheckReport, String>, String)> {
 
 /// Whether the findings are told in the reference's words, as often as it does; in whatever order.
 ///
-/// Not compared: more than we keep, and refcounts that cannot be read, which we tell once for a range.
+/// Not compared: more than we keep, and refcounts that cannot be read, which we tell once for a
+/// range.
 fn same_words(findings: &[(Finding, u64)], said: &str) -> bool {
     let unreadable = |finding: &Finding| matches!(finding, Finding::RefcountUnreadable { .. });
     let count: u64 = findings.iter().map(|(_, times)| times).sum();
@@ -71,7 +72,8 @@ fn same_words(findings: &[(Finding, u64)], said: &str) -> bool {
     ours == theirs
 }
 
-/// At least 200 damaged images: same verdict, same counts; and described by `info` where the reference describes them.
+/// At least 200 damaged images: same verdict, same counts; and described by `info` where the
+/// reference describes them.
 #[test]
 fn damaged_images_as_qemu_img_sees_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -136,10 +138,12 @@ fn damaged_images_as_qemu_img_sees_them() {
 
 const COPIED: u64 = 1 << 63;
 
-/// Name, change to the empty image of 64 KiB clusters, corruptions, leaks, check errors, allocated clusters.
+/// Name, change to the empty image of 64 KiB clusters, corruptions, leaks, check errors, allocated
+/// clusters.
 type Named = (&'static str, fn(&mut Vec<u8>), u64, u64, u64, u64);
 
-/// One damage each, with the counts that the reference gave; where it is installed it is asked again.
+/// One damage each, with the counts that the reference gave; where it is installed it is asked
+/// again.
 const NAMED: &[Named] = &[
     ("nothing", |_| {}, 0, 0, 0, 0),
     (
@@ -438,7 +442,8 @@ fn more_references_than_a_refcount_holds() {
     let path = dir.path().join("wide.qcow2");
     for order in 0..=6_u32 {
         let bits = 1 << order;
-        // L2 entries that all name one cluster: two more than its refcount holds, where a table has so many.
+        // L2 entries that all name one cluster: two more than its refcount holds, where a table has
+        // so many.
         let most = if bits < 13 { (1_u64 << bits) - 1 } else { 1000 };
         let mut image = empty_image(16);
         put32(&mut image, 96, order);

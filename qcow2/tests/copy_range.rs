@@ -1,4 +1,5 @@
-//! Copies by the host from and to images: every kind of cluster on either side, on real files, against plain bytes.
+//! Copies by the host from and to images: every kind of cluster on either side, on real files,
+//! against plain bytes.
 
 mod support;
 
@@ -117,8 +118,8 @@ fn in_memory(value: u64) -> usize {
     usize::try_from(value).unwrap()
 }
 
-/// Random copies between two images, each over a backing file of its own, in both request modes: the target reads as plain
-/// bytes do, the source and the rest stay, and both images are sound.
+/// Random copies between two images, each over a backing file of its own, in both request modes:
+/// the target reads as plain bytes do, the source and the rest stay, and both images are sound.
 #[test]
 fn random_copies_between_images() {
     let folder = tempfile::tempdir().unwrap();
@@ -173,7 +174,8 @@ fn random_copies_between_images() {
     }
 }
 
-/// Many copies and writes at once, both ways between two images: nobody waits for ever, whatever the order.
+/// Many copies and writes at once, both ways between two images: nobody waits for ever, whatever
+/// the order.
 #[test]
 fn copies_cross() {
     for modes in [("mutex", "mutex"), ("serial", "serial")] {
@@ -225,7 +227,8 @@ fn copies_cross() {
     }
 }
 
-/// Holes and zeros of the source cost the target nothing; compressed clusters are inflated; the reference reads the same.
+/// Holes and zeros of the source cost the target nothing; compressed clusters are inflated; the
+/// reference reads the same.
 #[test]
 fn copies_are_sparse_and_the_reference_reads_them() {
     let folder = tempfile::tempdir().unwrap();

@@ -145,7 +145,8 @@ fn bytes_of_the_reference() {
     }
 }
 
-/// Sizes whose tables the reference places elsewhere, and preallocated images: clean, and as it describes its own.
+/// Sizes whose tables the reference places elsewhere, and preallocated images: clean, and as it
+/// describes its own.
 #[test]
 fn clean_for_the_reference() {
     let dir = tempfile::tempdir().unwrap();
@@ -286,7 +287,8 @@ fn every_write_fails_once() {
                     failed += 1;
                     assert_eq!(error.errno(), 28, "{error}");
                     let no_image = left.len() < 4 || left[..4] != *b"QFI\xfb";
-                    // The last flush may fail after all is written; truncating may fail before anything is.
+                    // The last flush may fail after all is written; truncating may fail before
+                    // anything is.
                     assert!(no_image || left == whole, "{n}: neither nothing nor all");
                 }
                 Ok(()) => {

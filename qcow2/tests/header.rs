@@ -1,4 +1,5 @@
-//! Every limit of the header, one below and one above it, and the reference's opinion of each; round trips.
+//! Every limit of the header, one below and one above it, and the reference's opinion of each;
+//! round trips.
 
 mod support;
 
@@ -462,7 +463,8 @@ fn unknown_features_have_names() {
     );
 }
 
-/// What an image may be used for: encrypted, external data file and extended L2 not at all, corrupt for reading only.
+/// What an image may be used for: encrypted, external data file and extended L2 not at all, corrupt
+/// for reading only.
 #[test]
 fn uses() {
     for (name, puts, readable, writable) in [

@@ -1,7 +1,8 @@
 //! Hostile images: each public weakness of this format's programs, by its name.
 //!
-//! Every image is described, checked, read and written. Wanted: a result or a clear error, no panic, nothing opened but
-//! the file itself, less than a second of processor time and less than 128 MiB of memory each.
+//! Every image is described, checked, read and written. Wanted: a result or a clear error, no
+//! panic, nothing opened but the file itself, less than a second of processor time and less than
+//! 128 MiB of memory each.
 
 mod support;
 
@@ -187,8 +188,8 @@ fn hostile_images() {
     }
 }
 
-/// CVE-2014-0146: each read of looking at and of opening an image with snapshots fails once. An error each time, and
-/// nothing left behind.
+/// CVE-2014-0146: each read of looking at and of opening an image with snapshots fails once. An
+/// error each time, and nothing left behind.
 #[test]
 fn every_read_fails_once() {
     let _alone = alone();
@@ -235,7 +236,8 @@ fn every_read_fails_once() {
     assert!(failed > 8, "only {failed} reads failed");
 }
 
-/// Chains of backing files that end in themselves or never: an error that says so, whatever the gate lets through.
+/// Chains of backing files that end in themselves or never: an error that says so, whatever the
+/// gate lets through.
 #[test]
 fn backing_chains_without_end() {
     let _alone = alone();
@@ -300,8 +302,8 @@ fn written(cluster_size: u64, refcount_bits: u64) -> Vec<u8> {
     disk.contents()
 }
 
-/// Damage at random: whatever is done with the image, there is a result or an error, and nothing is left behind. Needs
-/// no tools of the reference.
+/// Damage at random: whatever is done with the image, there is a result or an error, and nothing is
+/// left behind. Needs no tools of the reference.
 #[test]
 fn damage_at_random() {
     let _alone = alone();

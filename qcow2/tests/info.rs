@@ -87,7 +87,8 @@ fn info_as_qemu_img_tells_it() {
             if name == "lazy" && recipe.options.contains("0.10") {
                 continue;
             }
-            // Changed by its own means, so that extensions are in the order in which it writes them.
+            // Changed by its own means, so that extensions are in the order in which it writes
+            // them.
             if name == "another backing file" {
                 let output =
                     qemu_img(&["rebase", "-u", "-b", "other.raw", "-F", "raw", text(&path)]);
@@ -118,7 +119,8 @@ fn info_as_qemu_img_tells_it() {
     }
 }
 
-/// An image of a virtual size that is not whole sectors is told in whole sectors, as the reference does.
+/// An image of a virtual size that is not whole sectors is told in whole sectors, as the reference
+/// does.
 #[test]
 fn odd_sizes() {
     let dir = tempfile::tempdir().unwrap();

@@ -71,8 +71,8 @@ fn open_dirty(f: &Fixture) -> Result<Rc<BlockBackend>> {
     f.open_with(f.options())
 }
 
-/// The bit is durable before the first mapping whose count stays in memory, is not written again, and goes last; a flush
-/// writes no counts.
+/// The bit is durable before the first mapping whose count stays in memory, is not written again,
+/// and goes last; a flush writes no counts.
 #[test]
 fn the_dirty_bit_comes_first_and_goes_last() {
     let f = lazy();
@@ -147,8 +147,8 @@ fn not_in_version_2() {
     f.close(f.open_with(off).unwrap());
 }
 
-/// After a power cut the data that was flushed is there; reading leaves the image as it is, and opening it for writing
-/// counts everything anew.
+/// After a power cut the data that was flushed is there; reading leaves the image as it is, and
+/// opening it for writing counts everything anew.
 #[test]
 fn a_dirty_image_is_repaired_when_it_is_opened_for_writing() {
     let before = lazy();
@@ -176,8 +176,8 @@ fn a_dirty_image_is_repaired_when_it_is_opened_for_writing() {
     assert!(check(&f).is_clean(), "{:?}", check(&f));
 }
 
-/// Whatever write or flush of the repair fails or is the last before a power cut, the image is dirty or repaired, and
-/// opening it again repairs it.
+/// Whatever write or flush of the repair fails or is the last before a power cut, the image is
+/// dirty or repaired, and opening it again repairs it.
 #[test]
 fn a_repair_may_be_cut_off() {
     let before = lazy();
@@ -216,7 +216,8 @@ fn a_repair_may_be_cut_off() {
     }
 }
 
-/// New refcounts do not help an image whose tables are wrong: it is not opened for writing and nothing is changed.
+/// New refcounts do not help an image whose tables are wrong: it is not opened for writing and
+/// nothing is changed.
 #[test]
 fn other_damage_is_not_repaired() {
     for (name, at, entry) in [
@@ -299,7 +300,8 @@ fn the_reference_agrees() {
     }
 }
 
-/// A dirty image with the widest and the narrowest counts, clusters far apart, and more blocks than one table cluster can name.
+/// A dirty image with the widest and the narrowest counts, clusters far apart, and more blocks than
+/// one table cluster can name.
 #[test]
 fn every_shape_of_refcounts_is_rebuilt() {
     for order in 0..=6u32 {

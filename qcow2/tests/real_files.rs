@@ -64,7 +64,8 @@ impl Rng {
     }
 }
 
-/// One random write at a time per coroutine, `depth` coroutines; no two of them overlap while in flight.
+/// One random write at a time per coroutine, `depth` coroutines; no two of them overlap while in
+/// flight.
 fn write_randomly(
     home: &Home,
     disk: &Rc<BlockBackend>,
@@ -122,7 +123,8 @@ fn run(
     size: u64,
     seed: u64,
 ) -> Option<Qcow2Stats> {
-    // Under the build folder, which is on a real file system: not every temporary folder knows O_DIRECT.
+    // Under the build folder, which is on a real file system: not every temporary folder knows
+    // O_DIRECT.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let image = dir.path().join("image.qcow2");
     let image = image.to_str().unwrap();
@@ -185,7 +187,8 @@ fn stats(disk: &BlockBackend) -> Qcow2Stats {
     driver.downcast_ref::<Qcow2>().unwrap().stats()
 }
 
-/// 64 writers on one image, caches at a few slices: the reference finds no error and no leak, and reads what we wrote.
+/// 64 writers on one image, caches at a few slices: the reference finds no error and no leak, and
+/// reads what we wrote.
 #[test]
 fn the_reference_reads_what_64_writers_wrote() {
     for (engine, direct) in [
@@ -212,8 +215,9 @@ fn the_reference_reads_what_64_writers_wrote() {
     }
 }
 
-/// A disk that grows from 64 KiB to 256 MiB in clusters of 512 B: the L1 table moves to 128 neighbouring clusters, and the refcount
-/// table moves too. Nothing leaks, and the reference reads every byte.
+/// A disk that grows from 64 KiB to 256 MiB in clusters of 512 B: the L1 table moves to 128
+/// neighbouring clusters, and the refcount table moves too. Nothing leaks, and the reference reads
+/// every byte.
 #[test]
 fn tables_grow_with_the_disk() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -273,8 +277,8 @@ fn tables_grow_with_the_disk() {
     }
 }
 
-/// What `qemu-img convert -c` wrote reads identically, in both compression types; overwritten in part it is copied, the
-/// reference finds no leak, and reads what we wrote.
+/// What `qemu-img convert -c` wrote reads identically, in both compression types; overwritten in
+/// part it is copied, the reference finds no leak, and reads what we wrote.
 #[test]
 fn compressed_images_are_read_and_overwritten() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -342,8 +346,8 @@ fn compressed_images_are_read_and_overwritten() {
     }
 }
 
-/// Random writes, zeroes and discards, 32 at a time, over every kind of image: what is read obeys the model, and the
-/// reference agrees and finds no leak.
+/// Random writes, zeroes and discards, 32 at a time, over every kind of image: what is read obeys
+/// the model, and the reference agrees and finds no leak.
 #[test]
 fn zeroes_and_discards_obey_the_model() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -1,4 +1,5 @@
-//! What requests make of clusters: places that are kept, space that is given back, disks that grow, limits.
+//! What requests make of clusters: places that are kept, space that is given back, disks that grow,
+//! limits.
 
 #![expect(
     clippy::cast_possible_truncation,
@@ -34,8 +35,8 @@ fn assert_clean(f: &Fixture) {
     assert!(report.is_clean(), "{report:?}: {found:?}");
 }
 
-/// Clusters that were made zeros and kept their place are written there again, whatever the place holds, and alone or
-/// several at once.
+/// Clusters that were made zeros and kept their place are written there again, whatever the place
+/// holds, and alone or several at once.
 #[test]
 fn a_kept_place_is_used_again() {
     for mode in ["mutex", "serial"] {
@@ -66,7 +67,8 @@ fn a_kept_place_is_used_again() {
     }
 }
 
-/// A write to a kept place that fails leaves zeros; the place stays the cluster's, and is neither leaked nor freed.
+/// A write to a kept place that fails leaves zeros; the place stays the cluster's, and is neither
+/// leaked nor freed.
 #[test]
 fn a_failed_write_keeps_the_place() {
     let f = Fixture::new();
@@ -87,7 +89,8 @@ fn a_failed_write_keeps_the_place() {
     assert_clean(&f);
 }
 
-/// A cluster that is discarded gives its space back once that is durable, and only for the classes that are passed on.
+/// A cluster that is discarded gives its space back once that is durable, and only for the classes
+/// that are passed on.
 #[test]
 fn space_goes_back_by_class() {
     for (name, options, request, other) in [
@@ -132,7 +135,8 @@ fn space_goes_back_by_class() {
     }
 }
 
-/// A disk that grows under a longer backing file has zeros there, as in the reference; version 2 cannot say so, and stays as it is.
+/// A disk that grows under a longer backing file has zeros there, as in the reference; version 2
+/// cannot say so, and stays as it is.
 #[test]
 fn growing_does_not_show_the_backing_file() {
     let folder = tempfile::tempdir().unwrap();
@@ -208,7 +212,8 @@ fn growing_does_not_show_the_backing_file() {
     }
 }
 
-/// What a request may be: clusters are the unit of zeroes and discards, data is as free as the file below.
+/// What a request may be: clusters are the unit of zeroes and discards, data is as free as the file
+/// below.
 #[test]
 fn limits_of_an_image() {
     let f = Fixture::new();

@@ -1,4 +1,5 @@
-//! Rules 2.5, 2.6 and 9.1 to 9.4, each by name, on a simulated disk that holds back what the test says.
+//! Rules 2.5, 2.6 and 9.1 to 9.4, each by name, on a simulated disk that holds back what the test
+//! says.
 
 #![expect(
     clippy::cast_possible_truncation,
@@ -14,7 +15,8 @@ use coblock_block::drivers::sim::{Fault, Hold, LogEntry, Match};
 use coblock_block::{BlockBackend, ErrorKind, RequestFlags};
 use support::rig::*;
 
-/// Rule 2.6: data I/O on allocated clusters is parallel, and a lookup that hits the cache takes no lock.
+/// Rule 2.6: data I/O on allocated clusters is parallel, and a lookup that hits the cache takes no
+/// lock.
 #[test]
 fn rule_2_6_cached_reads_and_overwrites_do_not_take_the_metadata_mutex() {
     let f = Fixture::new();
@@ -36,7 +38,8 @@ fn rule_2_6_cached_reads_and_overwrites_do_not_take_the_metadata_mutex() {
     f.close(disk);
 }
 
-/// Rule 2.6: the mutex is released around guest data, so allocating writes of different clusters overlap.
+/// Rule 2.6: the mutex is released around guest data, so allocating writes of different clusters
+/// overlap.
 #[test]
 fn rule_2_6_allocating_writes_overlap() {
     let f = Fixture::new();
@@ -54,8 +57,9 @@ fn rule_2_6_allocating_writes_overlap() {
     f.close(disk);
 }
 
-/// Rule 9.1: a write that overlaps a pending allocation at its first byte waits, and looks everything up anew; so the second
-/// half of a cluster is not lost to the copy-on-write of the first.
+/// Rule 9.1: a write that overlaps a pending allocation at its first byte waits, and looks
+/// everything up anew; so the second half of a cluster is not lost to the copy-on-write of the
+/// first.
 #[test]
 fn rule_9_1_overlapping_write_waits() {
     let f = Fixture::new();
@@ -80,7 +84,8 @@ fn rule_9_1_overlapping_write_waits() {
     f.close(disk);
 }
 
-/// Rule 9.1: an overlap that does not begin at the first byte shortens the write, whose first part goes on.
+/// Rule 9.1: an overlap that does not begin at the first byte shortens the write, whose first part
+/// goes on.
 #[test]
 fn rule_9_1_later_overlap_shortens() {
     let f = Fixture::new();
@@ -108,7 +113,8 @@ fn rule_9_1_later_overlap_shortens() {
     f.close(disk);
 }
 
-/// Rule 9.1: waiters are woken in order, and on an error too; the failed write leaves nothing behind.
+/// Rule 9.1: waiters are woken in order, and on an error too; the failed write leaves nothing
+/// behind.
 #[test]
 fn rule_9_1_waiters_go_on_after_an_error() {
     let f = Fixture::new();
@@ -147,7 +153,8 @@ fn libc_eio() -> i32 {
     5
 }
 
-/// Makes cluster 0 of the guest one that may not be overwritten, as if a snapshot had shared it once.
+/// Makes cluster 0 of the guest one that may not be overwritten, as if a snapshot had shared it
+/// once.
 fn clear_copied(f: &Fixture) -> u64 {
     let disk = f.open();
     f.write(&disk, 0, CLUSTER, 1);
@@ -157,8 +164,8 @@ fn clear_copied(f: &Fixture) -> u64 {
     old
 }
 
-/// Rule 9.2: a host cluster with a read in flight is not reused, even when its last mapping is durably gone. The reference
-/// has this race.
+/// Rule 9.2: a host cluster with a read in flight is not reused, even when its last mapping is
+/// durably gone. The reference has this race.
 #[test]
 fn rule_9_2_no_reuse_under_a_read() {
     let f = Fixture::new();
@@ -217,7 +224,8 @@ fn rule_9_3_no_reuse_before_the_unmapping_is_durable() {
     f.close(disk);
 }
 
-/// Rule 9.3: counts and data are durable before the mapping, and the mapping is when the flush returns.
+/// Rule 9.3: counts and data are durable before the mapping, and the mapping is when the flush
+/// returns.
 #[test]
 fn rule_9_3_order_on_disk() {
     let f = Fixture::new();
@@ -251,7 +259,8 @@ fn rule_9_3_order_on_disk() {
     f.close(disk);
 }
 
-/// Rule 9.3: an error of a step is returned, by the flush that needed the step; nothing points to what was not written.
+/// Rule 9.3: an error of a step is returned, by the flush that needed the step; nothing points to
+/// what was not written.
 #[test]
 fn rule_9_3_errors_of_each_step_are_returned() {
     for (name, what) in [
@@ -269,12 +278,14 @@ fn rule_9_3_errors_of_each_step_are_returned() {
         if f.word(L1) != 0 {
             assert_eq!(f.refcount(FIRST_L2), 1, "{name}");
         }
-        // The flush failed; whether later ones may succeed is the file's decision, so close may fail too.
+        // The flush failed; whether later ones may succeed is the file's decision, so close may
+        // fail too.
         let _ = f.home.run(|co| disk.close(co));
     }
 }
 
-/// Rule 9.4: slices of an L2 table that was freed are dropped: nothing of it is written over the next owner.
+/// Rule 9.4: slices of an L2 table that was freed are dropped: nothing of it is written over the
+/// next owner.
 #[test]
 fn rule_9_4_slices_of_a_freed_table_are_dropped() {
     let f = Fixture::new();
@@ -306,7 +317,8 @@ fn rule_9_4_slices_of_a_freed_table_are_dropped() {
     f.close(disk);
 }
 
-/// Rule 2.5: a slice that is being read while its table moves is not shown: the reader looks up the new place.
+/// Rule 2.5: a slice that is being read while its table moves is not shown: the reader looks up the
+/// new place.
 #[test]
 fn rule_2_5_a_table_that_moves_under_a_load() {
     let f = Fixture::new();
@@ -346,8 +358,8 @@ fn rule_2_5_a_table_that_moves_under_a_load() {
     f.close(disk);
 }
 
-/// Bad input, found by a hostile image: an L1 entry with a flag and no table maps nothing; a look-up of it
-/// must end.
+/// Bad input, found by a hostile image: an L1 entry with a flag and no table maps nothing; a
+/// look-up of it must end.
 #[test]
 fn an_l1_entry_of_flags_alone_maps_nothing() {
     let f = Fixture::new();
@@ -359,8 +371,8 @@ fn an_l1_entry_of_flags_alone_maps_nothing() {
     f.close(disk);
 }
 
-/// Bad input: an L2 entry that leads to its own table. Overwriting it gives the table's only count up; that is an
-/// error of the image, found before the table is handed out, and never a panic.
+/// Bad input: an L2 entry that leads to its own table. Overwriting it gives the table's only count
+/// up; that is an error of the image, found before the table is handed out, and never a panic.
 #[test]
 fn a_table_in_use_is_never_given_up() {
     let f = Fixture::new();
@@ -421,8 +433,9 @@ fn rule_9_1_zeroes_and_discards_wait() {
     }
 }
 
-/// Rule 9.2: an overwrite in flight, its cluster discarded under it, never lands in the next owner's data. The
-/// reference has this race (proposed fixes of 2021 were not merged); this is the test that shows ours closed.
+/// Rule 9.2: an overwrite in flight, its cluster discarded under it, never lands in the next
+/// owner's data. The reference has this race (proposed fixes of 2021 were not merged); this is the
+/// test that shows ours closed.
 #[test]
 fn rule_9_2_discard_under_an_overwrite() {
     let f = Fixture::new();
@@ -456,8 +469,8 @@ fn rule_9_2_discard_under_an_overwrite() {
     f.close(disk);
 }
 
-/// Rule 2.6, serial mode: one request at a time, first in first out; a request that was waiting starts when the
-/// one before it is done, and not later.
+/// Rule 2.6, serial mode: one request at a time, first in first out; a request that was waiting
+/// starts when the one before it is done, and not later.
 #[test]
 fn rule_2_6_serial_mode_takes_one_request_at_a_time() {
     let f = Fixture::new();
@@ -482,8 +495,9 @@ fn rule_2_6_serial_mode_takes_one_request_at_a_time() {
     f.close(disk);
 }
 
-/// Rule 2.6: a request that is sent at once when another one's result is known does not hang in serial mode. (The
-/// original took the finished request off its list after the callback, so it did.)
+/// Rule 2.6: a request that is sent at once when another one's result is known does not hang in
+/// serial mode. (The original took the finished request off its list after the callback, so it
+/// did.)
 #[test]
 fn rule_2_6_serial_mode_lets_a_finished_request_be_followed() {
     let f = Fixture::new();

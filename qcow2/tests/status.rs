@@ -1,4 +1,5 @@
-//! Block status of images equals what `qemu-img map` tells, entry by entry, and stays true to the bytes.
+//! Block status of images equals what `qemu-img map` tells, entry by entry, and stays true to the
+//! bytes.
 
 mod support;
 
@@ -218,7 +219,8 @@ fn images_are_mapped_like_the_reference() {
     assert_eq!(compared, 20, "images that were compared");
 }
 
-/// Any byte may be asked about: the answer is the same as from the start of its run, and never wrong about zeros.
+/// Any byte may be asked about: the answer is the same as from the start of its run, and never
+/// wrong about zeros.
 #[test]
 fn every_offset_tells_the_same() {
     let folder = tempfile::tempdir().unwrap();
@@ -297,8 +299,9 @@ fn a_status_follows_changes() {
     });
 }
 
-/// Zeroes on a part of a cluster allocate nothing where the rest reads as zeros: in an empty image, over an empty part of a
-/// backing file, in a cluster that is zeros already. Beside data they are written.
+/// Zeroes on a part of a cluster allocate nothing where the rest reads as zeros: in an empty image,
+/// over an empty part of a backing file, in a cluster that is zeros already. Beside data they are
+/// written.
 #[test]
 fn zeroes_on_a_part_of_a_cluster() {
     const K: u64 = 1 << 10;

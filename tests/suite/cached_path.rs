@@ -1,5 +1,6 @@
-//! Promise: a read or an overwrite whose mapping is cached takes no coroutine lock (rules 2.6, 9.2). What it must not do
-//! besides, allocate on the heap, is counted by the program `tests/no_allocation.rs`.
+//! Promise: a read or an overwrite whose mapping is cached takes no coroutine lock (rules 2.6,
+//! 9.2). What it must not do besides, allocate on the heap, is counted by the program
+//! `tests/no_allocation.rs`.
 
 use coblock::block::drivers::sim::SimDisk;
 use coblock::block::{DenyAll, RequestFlags};
@@ -8,8 +9,8 @@ use crate::support::model::History;
 use crate::support::script::Params;
 use crate::support::{image, load, sim};
 
-/// A whole script of reads and overwrites on a written image never touches the metadata mutex; the first write to a new
-/// cluster does, so the counter counts.
+/// A whole script of reads and overwrites on a written image never touches the metadata mutex; the
+/// first write to a new cluster does, so the counter counts.
 #[test]
 fn cached_requests_take_no_lock() {
     for seed in 4000..4010 {

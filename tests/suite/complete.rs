@@ -5,7 +5,8 @@ use std::path::Path;
 
 use crate::support::model::{History, stamp};
 
-/// Every file beside `main.rs` is a module of it: a forgotten one would be a promise that nobody tests.
+/// Every file beside `main.rs` is a module of it: a forgotten one would be a promise that nobody
+/// tests.
 #[test]
 fn every_file_is_in_the_suite() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite");
@@ -37,7 +38,8 @@ fn every_file_is_in_the_suite() {
     );
 }
 
-/// The canary: a disk that loses one write must be found out. If this test fails, the models see nothing.
+/// The canary: a disk that loses one write must be found out. If this test fails, the models see
+/// nothing.
 #[test]
 #[should_panic(expected = "found Zero")]
 fn canary_a_lost_write_is_noticed() {

@@ -1,6 +1,7 @@
-//! Promise: any request to the file may fail, once or for good, wholly or after its first sector. Somebody is told, nothing
-//! hangs, and what the file holds afterwards is as after a power cut: no corruption, nothing lost that a flush had
-//! acknowledged. (Rule 9.3, "errors of each step are returned".)
+//! Promise: any request to the file may fail, once or for good, wholly or after its first sector.
+//! Somebody is told, nothing hangs, and what the file holds afterwards is as after a power cut: no
+//! corruption, nothing lost that a flush had acknowledged. (Rule 9.3, "errors of each step are
+//! returned".)
 
 use std::time::Duration;
 
@@ -100,7 +101,8 @@ fn run(params: &Params, fault: Option<(Fault, Told)>, story: &str) -> Counts {
     }
 }
 
-/// The nth write fails, for every n until there is none: once and for good, with EIO and ENOSPC, wholly and torn.
+/// The nth write fails, for every n until there is none: once and for good, with EIO and ENOSPC,
+/// wholly and torn.
 #[test]
 fn every_write_fails_once() {
     let params = params();

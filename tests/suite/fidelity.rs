@@ -181,7 +181,8 @@ impl Named {
     }
 }
 
-/// The reader of tables sees what it should: paths are cut, files are no tests, and only tests count.
+/// The reader of tables sees what it should: paths are cut, files are no tests, and only tests
+/// count.
 #[test]
 fn rows_and_tests_are_read_rightly() {
     assert_eq!(

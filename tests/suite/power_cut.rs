@@ -1,6 +1,7 @@
-//! Promise: the power may go at any write. Whatever part of the unflushed writes arrived, the image then has no
-//! corruption (leaked clusters are allowed), and every sector reads as its last flushed content or as something written
-//! to it since: never zeros again, never another sector's, never half of one write. (Rule 9.3.)
+//! Promise: the power may go at any write. Whatever part of the unflushed writes arrived, the image
+//! then has no corruption (leaked clusters are allowed), and every sector reads as its last flushed
+//! content or as something written to it since: never zeros again, never another sector's, never
+//! half of one write. (Rule 9.3.)
 
 use std::path::Path;
 use std::sync::Arc;
@@ -231,7 +232,8 @@ impl Bench {
         panic!("{story}\nthe image is in {}", path.display());
     }
 
-    /// The reference agrees, the snapshot is whole, and the image can be written to as if nothing had happened.
+    /// The reference agrees, the snapshot is whole, and the image can be written to as if nothing
+    /// had happened.
     fn go_on(&self, left: &Arc<SimDisk>, params: &Params, story: &str) {
         self.ask_the_reference(left, story);
         let mut history = History::new(params.size, 512, params.seed + 1);
@@ -312,7 +314,8 @@ fn fresh_image() {
     Workload::new("fresh", params(1, 12, 4, 1 << 20)).run();
 }
 
-/// Small clusters and wide counts: refcount blocks are added all the time, and the refcount table moves.
+/// Small clusters and wide counts: refcount blocks are added all the time, and the refcount table
+/// moves.
 #[test]
 fn growing_refcount_table() {
     let params = Params {
@@ -321,7 +324,8 @@ fn growing_refcount_table() {
         zeros: 0,
         ..params(2, 9, 6, 3 << 20)
     };
-    // 64 counts in a block and 64 blocks in the table: 2 MiB. What is before the cuts stops a little short of that.
+    // 64 counts in a block and 64 blocks in the table: 2 MiB. What is before the cuts stops a
+    // little short of that.
     let before = Params {
         requests: 4,
         fill: 1920 << 10,

@@ -1,5 +1,6 @@
-//! Promise: a script of writes, zeroes and discards leaves an image that reads as the one that `qemu-io` makes of the same
-//! script, and is sound: over chains, on compressed images, in every version and cluster size.
+//! Promise: a script of writes, zeroes and discards leaves an image that reads as the one that
+//! `qemu-io` makes of the same script, and is sound: over chains, on compressed images, in every
+//! version and cluster size.
 
 use std::path::{Path, PathBuf};
 
@@ -57,7 +58,8 @@ impl Step {
     }
 }
 
-/// An image for `seed`, twice: alone, over a raw or a compressed backing file that is shorter or longer, or compressed itself.
+/// An image for `seed`, twice: alone, over a raw or a compressed backing file that is shorter or
+/// longer, or compressed itself.
 fn images(folder: &Path, rng: &mut Rng) -> ([PathBuf; 2], u64, u64) {
     let file = |name: &str| folder.join(name);
     let cluster = 512u64 << rng.below(8);

@@ -1,5 +1,6 @@
-//! Promise: whatever order the disk answers in, with caches that hold next to nothing and at least 32 requests in
-//! flight, every read returns what the model allows, and the image is sound at the end: no error, no leak.
+//! Promise: whatever order the disk answers in, with caches that hold next to nothing and at least
+//! 32 requests in flight, every read returns what the model allows, and the image is sound at the
+//! end: no error, no leak.
 
 use std::collections::BTreeSet;
 
@@ -15,8 +16,9 @@ fn seeds() -> u64 {
     }
 }
 
-/// The swarm: 9.1 to 9.4 under random overlapping reads, writes and flushes. Each run must have been through an
-/// eviction, a wait for another write's allocation and a new refcount block, or it has shown nothing.
+/// The swarm: 9.1 to 9.4 under random overlapping reads, writes and flushes. Each run must have
+/// been through an eviction, a wait for another write's allocation and a new refcount block, or it
+/// has shown nothing.
 #[test]
 fn random_scripts_obey_the_model() {
     let (mut geometries, mut modes) = (BTreeSet::new(), BTreeSet::new());
@@ -47,7 +49,8 @@ fn random_scripts_obey_the_model() {
     assert_eq!(modes.len(), 4, "lazy or not, serial or not: {modes:?}");
 }
 
-/// A seed replays step by step: what the disk is sent, in which order, with which bytes, at which time.
+/// A seed replays step by step: what the disk is sent, in which order, with which bytes, at which
+/// time.
 #[test]
 fn a_seed_gives_the_same_run_twice() {
     for seed in 1000..1006 {

@@ -1,6 +1,6 @@
-//! Promise: what we wrote with 64 requests in flight, many of them overlapping, is sound in the eyes of `qemu-img check`
-//! (no error, no leak), and `qemu-img convert` finds in it what the model allows and what we read back ourselves. With
-//! both engines, buffered and direct.
+//! Promise: what we wrote with 64 requests in flight, many of them overlapping, is sound in the
+//! eyes of `qemu-img check` (no error, no leak), and `qemu-img convert` finds in it what the model
+//! allows and what we read back ourselves. With both engines, buffered and direct.
 
 use std::path::{Path, PathBuf};
 
@@ -112,7 +112,8 @@ const KINDS: [Kind; 8] = [
     },
 ];
 
-/// Makes an empty image of `kind` with `qemu-img`, so that this promise is about writing, not about creating.
+/// Makes an empty image of `kind` with `qemu-img`, so that this promise is about writing, not about
+/// creating.
 fn create(folder: &Path, kind: Kind, backing: Option<&Path>) -> PathBuf {
     let path = folder.join(format!("{}.qcow2", kind.name()));
     let compat = if kind.version == 2 { "0.10" } else { "1.1" };
@@ -173,7 +174,8 @@ fn loaded_images_are_sound() {
     }
 }
 
-/// Copy on write from a backing file that is half as long: what is not written keeps its content, the rest is zeros.
+/// Copy on write from a backing file that is half as long: what is not written keeps its content,
+/// the rest is zeros.
 #[test]
 fn loaded_overlays_keep_their_backing() {
     if !peer::present("loaded_overlays_keep_their_backing") {
@@ -213,7 +215,8 @@ fn loaded_images_keep_their_snapshots() {
         let path = create(folder.path(), kind, None);
         let text = path.to_str().expect("text");
         let params = kind.params();
-        // The first load gives the snapshot something to keep; its stamps are foreign to the second one's.
+        // The first load gives the snapshot something to keep; its stamps are foreign to the second
+        // one's.
         let first = Params {
             seed: params.seed + 1000,
             ..params.clone()
@@ -228,7 +231,8 @@ fn loaded_images_keep_their_snapshots() {
         let disk = session
             .open(session::image("qcow2", &path, false), &gate)
             .expect("open");
-        // Every block of the disk is written once, so that nothing of the first load may be left to judge.
+        // Every block of the disk is written once, so that nothing of the first load may be left to
+        // judge.
         let mut history = History::new(params.size, params.unit, params.seed);
         session.home.run(|co| {
             let mut buf = vec![0; 1 << 16];

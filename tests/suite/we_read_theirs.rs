@@ -1,5 +1,6 @@
-//! Promise: images made by `qemu-img` read byte for byte as it reads them itself: every version, cluster size and
-//! refcount width, backing chains, preallocated, with zero clusters, with internal snapshots.
+//! Promise: images made by `qemu-img` read byte for byte as it reads them itself: every version,
+//! cluster size and refcount width, backing chains, preallocated, with zero clusters, with internal
+//! snapshots.
 
 use std::path::{Path, PathBuf};
 
@@ -24,7 +25,8 @@ fn raw_file(path: &Path, size: u64, seed: u64) {
     std::fs::write(path, bytes).expect("a file in our folder");
 }
 
-/// `qemu-img convert` of a raw file into a qcow2 image with `options`, then some writes, zeros and discards on it.
+/// `qemu-img convert` of a raw file into a qcow2 image with `options`, then some writes, zeros and
+/// discards on it.
 fn image(folder: &Path, name: &str, options: &str, size: u64, seed: u64) -> PathBuf {
     let raw = folder.join(format!("{name}.raw"));
     let path = folder.join(format!("{name}.qcow2"));
@@ -54,7 +56,8 @@ fn scribble(path: &Path, size: u64, seed: u64) {
     peer::qemu_io("qcow2", path, &commands);
 }
 
-/// Opens `path` with both kinds of caching and compares the whole disk, in steps that meet no boundary of the format.
+/// Opens `path` with both kinds of caching and compares the whole disk, in steps that meet no
+/// boundary of the format.
 fn reads_identically(path: &Path, name: &str) {
     let expected = peer::content("qcow2", path);
     let gate = LikeReference::new();
@@ -162,7 +165,8 @@ fn preallocated() {
     }
 }
 
-/// Chains of qcow2 on qcow2 on raw, shorter and longer than what lies below, of different cluster sizes.
+/// Chains of qcow2 on qcow2 on raw, shorter and longer than what lies below, of different cluster
+/// sizes.
 #[test]
 fn backing_chains() {
     if !peer::present("backing_chains") {

@@ -1,13 +1,15 @@
 //! Power cuts: every state in which a cut at one place of a simulated disk's log may leave it.
 //!
-//! The disk logs writes in the order in which it was *sent* them and flushes at their end, each with what it covered. Cut
-//! after `n` entries, it holds what those flushes covered, and of the other, *pending* writes any choice: the drive's
-//! cache writes back in any order. All choices are too many; these are the ones in which mistakes show:
+//! The disk logs writes in the order in which it was *sent* them and flushes at their end, each
+//! with what it covered. Cut after `n` entries, it holds what those flushes covered, and of the
+//! other, *pending* writes any choice: the drive's cache writes back in any order. All choices are
+//! too many; these are the ones in which mistakes show:
 //!
 //! * nothing pending arrives, or everything;
 //! * all but one, for each one: whatever should have waited for it did not;
 //! * a few random choices, sector by sector;
-//! * everything, with the newest write torn at each 512 bytes. (An older torn write is its own prefix's newest.)
+//! * everything, with the newest write torn at each 512 bytes. (An older torn write is its own
+//!   prefix's newest.)
 
 use coblock::block::drivers::sim::{Keep, LogEntry, SimDisk};
 

@@ -1,4 +1,5 @@
-//! Loads on real files, judged by the model and by our own check; the reference's judgement is added by who calls.
+//! Loads on real files, judged by the model and by our own check; the reference's judgement is
+//! added by who calls.
 
 use std::path::Path;
 
@@ -11,8 +12,8 @@ use super::script::Params;
 use super::session::{self, Session};
 use super::{image, load, sim, soundness};
 
-/// Loads the image at `path` with the script of `params`, reopens it with nothing shared, and returns what it reads as
-/// now. `history` says what it held before.
+/// Loads the image at `path` with the script of `params`, reopens it with nothing shared, and
+/// returns what it reads as now. `history` says what it held before.
 pub fn load_and_judge(
     path: &Path,
     name: &str,
@@ -53,7 +54,8 @@ pub fn load_and_judge(
     bytes
 }
 
-/// Empty images of several geometries in a file, loaded with both engines, through the page cache and past it.
+/// Empty images of several geometries in a file, loaded with both engines, through the page cache
+/// and past it.
 pub fn load_all_ways(seeds: std::ops::Range<u64>) {
     let folder = session::folder();
     let path = folder.path().join("disk.qcow2");

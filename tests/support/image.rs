@@ -1,4 +1,5 @@
-//! Empty qcow2 images, made from the specification alone: the tests of writing do not lean on our own `create`.
+//! Empty qcow2 images, made from the specification alone: the tests of writing do not lean on our
+//! own `create`.
 //!
 //! ```text
 //!   cluster 0   header, backing file's format and name
@@ -13,7 +14,8 @@ use super::script::Params;
 pub fn empty(params: &Params, backing: Option<&str>) -> Vec<u8> {
     let cluster = 1usize << params.cluster_bits;
     let bits = 1usize << params.refcount_order;
-    // qcow2 specification, "Refcount table": an L2 table has cluster_size / 8 entries, each for one cluster.
+    // qcow2 specification, "Refcount table": an L2 table has cluster_size / 8 entries, each for one
+    // cluster.
     let l2_covers = (cluster * cluster / 8) as u64;
     let l1_entries = usize::try_from(params.size.div_ceil(l2_covers)).expect("a small disk");
     let l1_clusters = (l1_entries * 8).div_ceil(cluster);
@@ -50,7 +52,8 @@ pub fn empty(params: &Params, backing: Option<&str>) -> Vec<u8> {
         assert!(!params.lazy, "version 2 has no dirty bit");
     }
     if let Some(name) = backing {
-        // Header extension "backing file format name", then the end of the extensions, then the name.
+        // Header extension "backing file format name", then the end of the extensions, then the
+        // name.
         put32(&mut bytes, end, 0xe279_2aca);
         put32(&mut bytes, end + 4, 3);
         bytes[end + 8..end + 11].copy_from_slice(b"raw");

@@ -1,7 +1,8 @@
 //! A script, sent to an open disk by many coroutines at once, and judged by the history as it goes.
 //!
-//! Each of the workers takes the next request of the script, so that as many are in flight as there are workers, and a
-//! slow one holds up nobody. All of them run at one home; the model lies between them and needs no lock.
+//! Each of the workers takes the next request of the script, so that as many are in flight as there
+//! are workers, and a slow one holds up nobody. All of them run at one home; the model lies between
+//! them and needs no lock.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -48,7 +49,8 @@ impl From<coblock::block::Error> for Failed {
 pub enum OnError {
     /// Ends the test.
     Panic,
-    /// Counts it. A write that failed may be there in part, a flush that failed has made nothing durable.
+    /// Counts it. A write that failed may be there in part, a flush that failed has made nothing
+    /// durable.
     Count,
 }
 
@@ -62,8 +64,9 @@ pub struct Loaded {
     pub peak: usize,
 }
 
-/// Sends the whole script of `params` to `backend` and returns when every request is done. `log` tells how many entries
-/// the file below was sent so far, for a power cut; a constant will do where there is none.
+/// Sends the whole script of `params` to `backend` and returns when every request is done. `log`
+/// tells how many entries the file below was sent so far, for a power cut; a constant will do where
+/// there is none.
 ///
 /// Panics when a request fails or a read returns what it must not.
 pub fn run(
@@ -136,7 +139,8 @@ fn take(shared: &RefCell<Shared>) -> Option<Op> {
     Some(op)
 }
 
-/// A buffer, sometimes aligned for direct I/O and sometimes just not, so that the bounce buffers have work.
+/// A buffer, sometimes aligned for direct I/O and sometimes just not, so that the bounce buffers
+/// have work.
 enum Buffer {
     Aligned(AlignedBuf),
     Ragged(Vec<u8>),
@@ -246,7 +250,8 @@ fn request(
     }
 }
 
-/// Reads the first `size` bytes of the disk like [`read_all`]; a disk that has grown has zeros behind.
+/// Reads the first `size` bytes of the disk like [`read_all`]; a disk that has grown has zeros
+/// behind.
 pub fn read_size(co: &Co, backend: &BlockBackend, step: usize, size: u64) -> Vec<u8> {
     let mut bytes = read_all(co, backend, step);
     let behind = bytes.split_off(usize::try_from(size).expect("a small disk"));

@@ -1,4 +1,5 @@
-//! What the suite's programs share. Each of them uses its own part, so unused items are no finding here.
+//! What the suite's programs share. Each of them uses its own part, so unused items are no finding
+//! here.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 pub mod crash;

@@ -1,15 +1,17 @@
-//! The disk that is too simple to be wrong: what may a byte of the guest's disk read as, now and after a power cut?
+//! The disk that is too simple to be wrong: what may a byte of the guest's disk read as, now and
+//! after a power cut?
 //!
-//! The disk is cut into *units* (512 bytes; smaller ones where a script wants unaligned requests). Each write has a
-//! number, and stamps every unit it covers with that number and the unit's own place. So the content of a unit tells
-//! which write put it there, and a unit that came from elsewhere (another place, another run, half of one write and half
-//! of another) is no content at all.
+//! The disk is cut into *units* (512 bytes; smaller ones where a script wants unaligned requests).
+//! Each write has a number, and stamps every unit it covers with that number and the unit's own
+//! place. So the content of a unit tells which write put it there, and a unit that came from
+//! elsewhere (another place, another run, half of one write and half of another) is no content at
+//! all.
 //!
-//! Requests overlap in time, so a unit has a *set* of legal contents. Time is a counter that steps at every begin and
-//! end. Write `a` is *before* write `b` if it ended before `b` began. A read that began at `t` may return any write
-//! that began before the read's end, unless another write came after it and ended before `t`. After a power cut the
-//! same holds with "was made durable" in place of "ended": a flush that succeeded made durable what had ended before it
-//! began.
+//! Requests overlap in time, so a unit has a *set* of legal contents. Time is a counter that steps
+//! at every begin and end. Write `a` is *before* write `b` if it ended before `b` began. A read
+//! that began at `t` may return any write that began before the read's end, unless another write
+//! came after it and ended before `t`. After a power cut the same holds with "was made durable" in
+//! place of "ended": a flush that succeeded made durable what had ended before it began.
 //!
 //! ```text
 //!   write 1  |------|                      a read in  (x)  may see 1 or 2: they overlap, both had ended
@@ -18,8 +20,8 @@
 //!                          (x)    (y)    (z)
 //! ```
 //!
-//! Log positions tie this to a power cut: the simulated file counts what was sent to it, and every event here notes
-//! that count.
+//! Log positions tie this to a power cut: the simulated file counts what was sent to it, and every
+//! event here notes that count.
 
 use std::fmt;
 
@@ -103,7 +105,8 @@ struct Write {
     began: u64,
     /// Log position at its begin: nothing of it can be in the log before.
     began_log: usize,
-    /// None while it is in flight, and for ever if it failed: its content may be there, wholly or in part.
+    /// None while it is in flight, and for ever if it failed: its content may be there, wholly or
+    /// in part.
     ended: Option<u64>,
 }
 
@@ -182,8 +185,9 @@ impl History {
         }
     }
 
-    /// Says that a unit may read as a mixture while a write to it is in flight, and only then: so it is on the page cache,
-    /// whose readers Linux does not keep out while it copies a writer's bytes.
+    /// Says that a unit may read as a mixture while a write to it is in flight, and only then: so
+    /// it is on the page cache, whose readers Linux does not keep out while it copies a writer's
+    /// bytes.
     pub fn allow_racing_reads(&mut self) {
         self.racing_reads = true;
     }
@@ -278,7 +282,8 @@ impl History {
         });
     }
 
-    /// The power went after `log` entries of the file's log; `buf` is what a reader finds at `offset` afterwards.
+    /// The power went after `log` entries of the file's log; `buf` is what a reader finds at
+    /// `offset` afterwards.
     pub fn after_power_cut(&self, log: usize, offset: u64, buf: &[u8]) -> Result<(), Violation> {
         let durable = self
             .flushes
@@ -325,8 +330,8 @@ impl History {
         }
     }
 
-    /// Compares `buf` with what is allowed if exactly the writes with `settled` are over and done, and those with
-    /// `racing` went on meanwhile.
+    /// Compares `buf` with what is allowed if exactly the writes with `settled` are over and done,
+    /// and those with `racing` went on meanwhile.
     fn compare(
         &self,
         offset: u64,
@@ -526,7 +531,8 @@ mod tests {
         assert!(h.end_read(&after, 0, &mixture).is_err());
     }
 
-    /// Zeros must be there after a write of zeros, and may be there after a discard, until the next write.
+    /// Zeros must be there after a write of zeros, and may be there after a discard, until the next
+    /// write.
     #[test]
     fn zeros_and_discards() {
         let mut h = History::new(4096, UNIT, 9);

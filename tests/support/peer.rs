@@ -1,7 +1,7 @@
 //! The reference tools, `qemu-img` and `qemu-io`, as judges.
 //!
-//! They are not part of this project and may be missing: then a test says so aloud and ends, except under `CI=true`,
-//! where a comparison that did not happen is a failure.
+//! They are not part of this project and may be missing: then a test says so aloud and ends, except
+//! under `CI=true`, where a comparison that did not happen is a failure.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -26,8 +26,8 @@ pub fn present(test: &str) -> bool {
 /// Says that something was not tested, past the harness' capture of output.
 pub fn skipped(why: &str) {
     use std::io::Write as _;
-    // A write to the stream itself is not captured, as `eprintln!` is; that it fails may be ignored only if nobody
-    // could see it anyway.
+    // A write to the stream itself is not captured, as `eprintln!` is; that it fails may be ignored
+    // only if nobody could see it anyway.
     writeln!(std::io::stderr(), "SKIPPED: {why}").expect("standard error can be written");
 }
 

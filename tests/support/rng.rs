@@ -1,5 +1,6 @@
-//! A small random generator whose numbers never change: SplitMix64. A seed in a test's name or message replays its run
-//! on every machine and in every later version, which no library's default generator promises.
+//! A small random generator whose numbers never change: SplitMix64. A seed in a test's name or
+//! message replays its run on every machine and in every later version, which no library's default
+//! generator promises.
 
 /// SplitMix64, by its published constants.
 #[derive(Clone, Debug)]
@@ -19,7 +20,8 @@ impl Rng {
         mix(self.state)
     }
 
-    /// A number below `bound`, which must not be zero. The bias of the remainder is below 2^-32 for our bounds.
+    /// A number below `bound`, which must not be zero. The bias of the remainder is below 2^-32 for
+    /// our bounds.
     pub fn below(&mut self, bound: u64) -> u64 {
         assert!(bound > 0, "no number is below zero");
         self.next() % bound
@@ -53,7 +55,8 @@ pub fn mix(mut z: u64) -> u64 {
 mod tests {
     use super::*;
 
-    /// The sequence is fixed for ever: seeds that failed must replay. Values of the published reference for seed 0.
+    /// The sequence is fixed for ever: seeds that failed must replay. Values of the published
+    /// reference for seed 0.
     #[test]
     fn sequence_never_changes() {
         let mut rng = Rng::new(0);

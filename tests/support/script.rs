@@ -1,8 +1,9 @@
-//! Random scripts: overlapping reads, writes and flushes, and the parameters of a run, all from one seed.
+//! Random scripts: overlapping reads, writes and flushes, and the parameters of a run, all from one
+//! seed.
 //!
-//! *Swarm*: each seed also draws which kinds of requests there are and how large the image's parts, so that one run is
-//! nearly all tiny writes on 512-byte clusters, and the next one long reads with no flush at all. A mean of everything
-//! in every run would never fill one queue.
+//! *Swarm*: each seed also draws which kinds of requests there are and how large the image's parts,
+//! so that one run is nearly all tiny writes on 512-byte clusters, and the next one long reads with
+//! no flush at all. A mean of everything in every run would never fill one queue.
 
 use super::rng::Rng;
 
@@ -49,7 +50,8 @@ pub struct Params {
     pub flushes: u64,
     /// Percent of the writes that write zeros or discard instead.
     pub zeros: u64,
-    /// Percent of the writes that copy from another disk instead, and as many that make the disk longer.
+    /// Percent of the writes that copy from another disk instead, and as many that make the disk
+    /// longer.
     pub copies: u64,
     /// Percent of requests that go into a small part of the disk, so that they meet.
     pub hot: u64,
@@ -62,7 +64,8 @@ pub struct Params {
     pub serial: bool,
 }
 
-/// Cluster bits and refcount order of geometries in which a few MiB fill more than one refcount block.
+/// Cluster bits and refcount order of geometries in which a few MiB fill more than one refcount
+/// block.
 const GEOMETRIES: [(u32, u32); 14] = [
     (9, 0),
     (9, 1),

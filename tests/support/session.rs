@@ -1,4 +1,5 @@
-//! A home, a graph and the drivers, as a program would set them up; and the end of every test: nothing is left alive.
+//! A home, a graph and the drivers, as a program would set them up; and the end of every test:
+//! nothing is left alive.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,8 +7,8 @@ use std::sync::Arc;
 use coblock::aio::{ContextOptions, EngineKind, Home, MonitorKind};
 use coblock::block::{BlockBackend, DriverRegistry, Graph, OpenGate, Options};
 
-/// The engines that this machine has, and that the environment did not forbid: with `COBLOCK_TEST_ENGINE=threads` the
-/// whole suite runs on threads, as on a kernel without io_uring.
+/// The engines that this machine has, and that the environment did not forbid: with
+/// `COBLOCK_TEST_ENGINE=threads` the whole suite runs on threads, as on a kernel without io_uring.
 pub fn engines() -> Vec<EngineKind> {
     match std::env::var("COBLOCK_TEST_ENGINE").as_deref() {
         Ok("threads") => vec![EngineKind::Threads],
@@ -18,7 +19,8 @@ pub fn engines() -> Vec<EngineKind> {
     }
 }
 
-/// How descriptors are watched: as the library likes, or by `COBLOCK_TEST_MONITOR=poll` with poll(2).
+/// How descriptors are watched: as the library likes, or by `COBLOCK_TEST_MONITOR=poll` with
+/// poll(2).
 fn monitor() -> MonitorKind {
     match std::env::var("COBLOCK_TEST_MONITOR") {
         Ok(word) => word.parse().expect("COBLOCK_TEST_MONITOR"),
@@ -114,7 +116,8 @@ pub fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(target_folder()).expect("a folder below the target folder")
 }
 
-/// A folder that stays, below the target folder. Cargo names one to tests only, so an example uses its program's own.
+/// A folder that stays, below the target folder. Cargo names one to tests only, so an example uses
+/// its program's own.
 pub fn target_folder() -> PathBuf {
     match option_env!("CARGO_TARGET_TMPDIR") {
         Some(folder) => folder.into(),

@@ -14,7 +14,8 @@ use super::model::History;
 use super::script::Params;
 use super::session::Session;
 
-/// Nothing is waited for: time jumps to the next timer. Where there is none, nothing will ever happen again.
+/// Nothing is waited for: time jumps to the next timer. Where there is none, nothing will ever
+/// happen again.
 struct Jump(VirtualClock);
 
 impl Park for Jump {
@@ -79,7 +80,8 @@ pub struct Seen {
     pub contents: Vec<u8>,
 }
 
-/// One run of the swarm, judged against the model: every read as it returns, and the whole disk after a reopen.
+/// One run of the swarm, judged against the model: every read as it returns, and the whole disk
+/// after a reopen.
 pub fn run(params: &Params) -> Seen {
     let seed = params.seed;
     let session = session();

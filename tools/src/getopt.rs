@@ -1,8 +1,10 @@
-//! Command-line options with the semantics of `getopt_long`, which scripts that call `qemu-img` rely on.
+//! Command-line options with the semantics of `getopt_long`, which scripts that call `qemu-img`
+//! rely on.
 //!
-//! Clustered short options (`-bU`), values attached or separate (`-fraw`, `-f raw`, `--format=raw`), long options
-//! abbreviated to any unambiguous prefix, options and operands in any order until `--` (unless the grammar says that
-//! the first operand ends the options), and the error messages of the C library to the letter.
+//! Clustered short options (`-bU`), values attached or separate (`-fraw`, `-f raw`,
+//! `--format=raw`), long options abbreviated to any unambiguous prefix, options and operands in any
+//! order until `--` (unless the grammar says that the first operand ends the options), and the
+//! error messages of the C library to the letter.
 //!
 //! This file takes words and returns options; printing and exiting belong to the caller.
 
@@ -63,7 +65,8 @@ pub enum Order {
     StopAtOperand,
 }
 
-/// A word that is no option of this grammar; displays as the C library's message, without the program's name.
+/// A word that is no option of this grammar; displays as the C library's message, without the
+/// program's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UsageError {
     /// `-z`.
@@ -170,7 +173,8 @@ impl<'t, T: Copy + PartialEq> Getopt<'t, T> {
         }
     }
 
-    /// The next option with its value; `None` at the end, after which [`Getopt::operands`] tells what is left.
+    /// The next option with its value; `None` at the end, after which [`Getopt::operands`] tells
+    /// what is left.
     ///
     /// # Errors
     /// [`UsageError`] for a word that the table does not allow.

@@ -1,8 +1,10 @@
-//! Option strings: `-o a=b,c=d` of `create`, `--image-opts driver=..,file.filename=..`, and `json:{...}` file names.
+//! Option strings: `-o a=b,c=d` of `create`, `--image-opts driver=..,file.filename=..`, and
+//! `json:{...}` file names.
 //!
-//! A comma ends a value and two commas stand for one. A word without `=` is a switch: `name` means `name=on`, `noname`
-//! means `name=off`, and the first one may instead be the value of an implied key. JSON is flattened to the same dotted
-//! keys. What the keys mean is decided by those who take them. Pure.
+//! A comma ends a value and two commas stand for one. A word without `=` is a switch: `name` means
+//! `name=on`, `noname` means `name=off`, and the first one may instead be the value of an implied
+//! key. JSON is flattened to the same dotted keys. What the keys mean is decided by those who take
+//! them. Pure.
 
 use crate::json::Json;
 
@@ -10,7 +12,8 @@ use crate::json::Json;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pairs {
     pairs: Vec<(String, String)>,
-    /// Words that were given as switches, with what they were taken for: the reference warns about them.
+    /// Words that were given as switches, with what they were taken for: the reference warns about
+    /// them.
     pub switches: Vec<(String, String)>,
     /// Keys whose value is JSON's `null`: nothing is there, on purpose.
     pub nulls: Vec<String>,
@@ -25,7 +28,8 @@ impl Pairs {
         let mut implied = implied;
         let mut rest = text;
         while !rest.is_empty() {
-            // A key ends at the first `=` or `,`, whichever comes first; commas are not doubled in keys.
+            // A key ends at the first `=` or `,`, whichever comes first; commas are not doubled in
+            // keys.
             let end = rest.find(['=', ',']).unwrap_or(rest.len());
             if rest[end..].starts_with('=') {
                 let key = rest[..end].to_owned();
@@ -166,7 +170,8 @@ fn flatten(out: &mut Pairs, key: &str, value: &Json) {
     out.pairs.push((key.to_owned(), text));
 }
 
-/// True when an `-o` string can be joined to others by commas: not empty, and no single comma at either end.
+/// True when an `-o` string can be joined to others by commas: not empty, and no single comma at
+/// either end.
 pub fn is_valid_list(text: &str) -> bool {
     let ends_in_single =
         |text: &mut dyn Iterator<Item = char>| text.take_while(|&c| c == ',').count() % 2 == 1;

@@ -1,9 +1,9 @@
 //! JSON as the reference reads and prints it.
 //!
-//! Reading is for `json:{...}` in place of a file name: either quote begins a string, a key may not come twice, nesting
-//! is limited, and the error messages are the reference's. Printing has two forms: the pretty one of `--output=json`
-//! (four spaces, an empty list over two lines) and the one-line form of file names. Both escape everything that is not
-//! printable ASCII. Pure.
+//! Reading is for `json:{...}` in place of a file name: either quote begins a string, a key may not
+//! come twice, nesting is limited, and the error messages are the reference's. Printing has two
+//! forms: the pretty one of `--output=json` (four spaces, an empty list over two lines) and the
+//! one-line form of file names. Both escape everything that is not printable ASCII. Pure.
 
 use std::fmt::Write as _;
 

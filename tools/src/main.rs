@@ -33,8 +33,8 @@ use output::Output;
 
 fn main() -> ExitCode {
     coblock::coroutine::install_overflow_handler();
-    // A write past the limit of a file's size is an error like others, not the end of the program. A signal that cannot
-    // be watched leaves the program as it was.
+    // A write past the limit of a file's size is an error like others, not the end of the program.
+    // A signal that cannot be watched leaves the program as it was.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let mut words = std::env::args_os();
     let called = words.next().unwrap_or_default();

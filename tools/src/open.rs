@@ -1,7 +1,9 @@
-//! A loop, a graph, the drivers of this program, and the gate through which images open what they name.
+//! A loop, a graph, the drivers of this program, and the gate through which images open what they
+//! name.
 //!
-//! The library opens no file that an image names unless its caller lets it. Here that is done as in the reference's tool:
-//! local files, relative to the image; where the image does not say their format, [`probe`] guesses it.
+//! The library opens no file that an image names unless its caller lets it. Here that is done as in
+//! the reference's tool: local files, relative to the image; where the image does not say their
+//! format, [`probe`] guesses it.
 
 use std::sync::Arc;
 

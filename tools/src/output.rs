@@ -1,8 +1,8 @@
 //! How results and messages leave the program.
 //!
-//! Results are collected and written when the program ends or says so: with standard output and standard error sent to
-//! one place, messages then come where scripts written for the reference expect them. Messages begin with the name that
-//! the program was called by.
+//! Results are collected and written when the program ends or says so: with standard output and
+//! standard error sent to one place, messages then come where scripts written for the reference
+//! expect them. Messages begin with the name that the program was called by.
 
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -60,8 +60,8 @@ impl Output {
 
     /// Writes what was collected.
     ///
-    /// A reader that went away ends the output without a word, as its owner wanted; another failure is reported. Both
-    /// show in the exit status that [`Output::finish`] gives.
+    /// A reader that went away ends the output without a word, as its owner wanted; another failure
+    /// is reported. Both show in the exit status that [`Output::finish`] gives.
     pub fn flush(&mut self) {
         let collected = std::mem::take(&mut self.collected);
         if self.broken || collected.is_empty() {
@@ -98,8 +98,8 @@ impl Output {
     }
 
     fn message(&self, parts: &[&[u8]]) {
-        // One write a message: lines of several programs on one terminal do not mix. When standard error is gone there
-        // is nobody left to tell.
+        // One write a message: lines of several programs on one terminal do not mix. When standard
+        // error is gone there is nobody left to tell.
         let _ = io::stderr().lock().write_all(&parts.concat());
     }
 
@@ -132,7 +132,8 @@ pub fn with_name(before: &str, name: &OsStr, after: &str) -> Vec<u8> {
 
 /// A size for people: three digits and a binary unit, the next unit from a thousand on.
 ///
-/// `1023 * 1024` is therefore `0.999 MiB`, and 999.5 KiB is `1e+03 KiB`, as the reference prints them.
+/// `1023 * 1024` is therefore `0.999 MiB`, and 999.5 KiB is `1e+03 KiB`, as the reference prints
+/// them.
 pub fn human_size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
     let mut unit = 0;

@@ -1,8 +1,9 @@
 //! Numbers and sizes on command lines, read exactly as the reference reads them.
 //!
-//! A *size* is decimal with an optional fraction and suffix (`1.5k`, `.5M`, `7E`, `512b`), or hexadecimal without either.
-//! A *number* is decimal, octal (`010`) or hexadecimal (`0x10`). Both may begin with white space and a sign, neither may
-//! be followed by anything. Pure: text in, value or error out.
+//! A *size* is decimal with an optional fraction and suffix (`1.5k`, `.5M`, `7E`, `512b`), or
+//! hexadecimal without either. A *number* is decimal, octal (`010`) or hexadecimal (`0x10`). Both
+//! may begin with white space and a sign, neither may be followed by anything. Pure: text in, value
+//! or error out.
 
 /// Why a word is not a size or number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,8 +78,8 @@ fn round(part: f64, multiplier: u64) -> u128 {
     (part * multiplier as f64 + 0.5) as u128
 }
 
-/// Reads a number; a negative one wraps, as the C library does, which is why [`parse_number`]'s callers see `-1` as
-/// `u64::MAX`.
+/// Reads a number; a negative one wraps, as the C library does, which is why [`parse_number`]'s
+/// callers see `-1` as `u64::MAX`.
 ///
 /// # Errors
 /// [`NumberError`].
@@ -122,7 +123,8 @@ fn finish(negative: bool, value: Option<u64>) -> Result<u64, NumberError> {
     }
 }
 
-/// Reads a size for the argument called `what`, within `low..=high`; the error is the reference's sentence.
+/// Reads a size for the argument called `what`, within `low..=high`; the error is the reference's
+/// sentence.
 ///
 /// # Errors
 /// That sentence.
@@ -130,7 +132,8 @@ pub fn size_argument(what: &str, text: &str, low: u64, high: u64) -> Result<u64,
     within(what, text, parse_size(text), low, high)
 }
 
-/// Reads a number for the argument called `what`, within `low..=high`; the error is the reference's sentence.
+/// Reads a number for the argument called `what`, within `low..=high`; the error is the reference's
+/// sentence.
 ///
 /// # Errors
 /// That sentence.

@@ -6,7 +6,8 @@
 //!        + cache mode, read-only, -U                 Options for the library's open
 //! ```
 //!
-//! The library never guesses a format: [`probe`] does, here in the tool, where the user may rely on it.
+//! The library never guesses a format: [`probe`] does, here in the tool, where the user may rely on
+//! it.
 
 use std::ffi::OsStr;
 use std::io::Read as _;
@@ -235,7 +236,8 @@ impl ImageSpec {
     pub fn options(&self, access: Access) -> Options {
         let word = |on: bool| if on { "on" } else { "off" };
         let mut options: Options = self.keys.iter().collect();
-        // Who only reads opens for reading, whatever the user allows; who writes has asked `forbids_writing`.
+        // Who only reads opens for reading, whatever the user allows; who writes has asked
+        // `forbids_writing`.
         options.set("read-only", word(!access.write));
         if access.force_share {
             options.set("force-share", "on");
@@ -248,7 +250,8 @@ impl ImageSpec {
         options
     }
 
-    /// Options for the file below alone: what the format's driver would open, with what it would lock.
+    /// Options for the file below alone: what the format's driver would open, with what it would
+    /// lock.
     pub fn file_options(&self, access: Access) -> Options {
         let mut whole = self.options(access);
         let mut file = whole.split("file");
@@ -277,7 +280,8 @@ fn probe_file(keys: &Pairs, prefix: &str) -> &'static str {
     path.map_or("raw", |path| probe(Path::new(path)))
 }
 
-/// Backing files that are given by options: a file name without a driver is a file's, and its format is guessed.
+/// Backing files that are given by options: a file name without a driver is a file's, and its
+/// format is guessed.
 fn complete_backing(keys: &mut Pairs) {
     let mut prefix = "backing.".to_owned();
     while keys.any_under(&format!("{prefix}file.")) {
@@ -343,8 +347,9 @@ pub fn protocol(name: &str) -> Result<(&'static str, &str), String> {
     }
 }
 
-/// The format that the first bytes of a file look like; `raw` when it has none, or cannot be read (opening it will tell
-/// why). A format that we do not serve is named too: taking such an image for raw would destroy it.
+/// The format that the first bytes of a file look like; `raw` when it has none, or cannot be read
+/// (opening it will tell why). A format that we do not serve is named too: taking such an image for
+/// raw would destroy it.
 pub fn probe(path: &Path) -> &'static str {
     let mut start = Vec::new();
     let opened = std::fs::OpenOptions::new()

@@ -1,4 +1,5 @@
-//! What the reference's programs have in common: version, trace events, objects, warnings about images.
+//! What the reference's programs have in common: version, trace events, objects, warnings about
+//! images.
 
 use std::ffi::OsStr;
 
@@ -40,7 +41,8 @@ pub fn trace(value: &OsStr, out: &Output) -> Result<(), String> {
 /// `--object`: there are no types of objects, so any is unknown.
 ///
 /// # Errors
-/// The sentence for an object of any type; none when only a list of types was asked for, which is printed.
+/// The sentence for an object of any type; none when only a list of types was asked for, which is
+/// printed.
 pub fn object(value: &OsStr, out: &mut Output) -> Result<(), String> {
     let text = value.to_string_lossy();
     let pairs = Pairs::parse(&text, Some("qom-type"));

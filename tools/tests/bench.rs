@@ -137,7 +137,8 @@ fn every_pattern_engine_and_cache_mode_keeps_every_byte() {
     folder.assert_clean();
 }
 
-/// The same seed makes the same image, whatever the timing: with one request in flight even the layout is the same.
+/// The same seed makes the same image, whatever the timing: with one request in flight even the
+/// layout is the same.
 #[test]
 fn the_seed_decides() {
     let folder = Folder::new();
@@ -240,7 +241,8 @@ fn damaged_metadata_is_found() {
     );
 }
 
-/// Bad input: a full file is an error that names file and offset, with status 1 and without a panic.
+/// Bad input: a full file is an error that names file and offset, with status 1 and without a
+/// panic.
 #[test]
 fn a_file_that_cannot_grow_is_an_error() {
     let folder = Folder::new();

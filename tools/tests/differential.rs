@@ -1,7 +1,9 @@
-//! The same command lines through `coblock img` and through `qemu-img`: standard output, standard error and exit status
-//! must be equal, but for the program's name. What differs on purpose is in `docs/compat.md` and has a test of its own.
+//! The same command lines through `coblock img` and through `qemu-img`: standard output, standard
+//! error and exit status must be equal, but for the program's name. What differs on purpose is in
+//! `docs/compat.md` and has a test of its own.
 //!
-//! Each program works in its own copy of one folder of images. Without `qemu-img` the tests say so and pass.
+//! Each program works in its own copy of one folder of images. Without `qemu-img` the tests say so
+//! and pass.
 
 mod support;
 
@@ -48,7 +50,8 @@ const FIXTURES: &[&str] = &[
      -o encrypt.format=aes,encrypt.key-secret=s aes 1M",
 ];
 
-/// Runs every line through both programs, each time in fresh copies of the images, and lists the lines that differ.
+/// Runs every line through both programs, each time in fresh copies of the images, and lists the
+/// lines that differ.
 fn same(lines: &[&str]) {
     let Some(programs) = Programs::find(FIXTURES) else {
         return;
@@ -750,7 +753,8 @@ fn created_images_are_equal_to_the_reference() {
     }
 }
 
-/// The first block of a raw image is stored, the rest are holes: direct I/O cannot find its alignment out in a hole.
+/// The first block of a raw image is stored, the rest are holes: direct I/O cannot find its
+/// alignment out in a hole.
 #[test]
 fn created_raw_images_begin_with_a_block() {
     let Some(programs) = Programs::find(FIXTURES) else {
@@ -824,7 +828,8 @@ fn deliberate_differences() {
     }
 }
 
-/// Nothing is touched by a `create` that its options rule out: the reference empties or removes the file.
+/// Nothing is touched by a `create` that its options rule out: the reference empties or removes the
+/// file.
 #[test]
 fn a_refused_create_leaves_an_existing_file_alone() {
     let Some(programs) = Programs::find(FIXTURES) else {

@@ -1,5 +1,5 @@
-//! `coblock img compare` beside `qemu-img compare`: the same images, the same words, the same output to the letter, the
-//! same exit status.
+//! `coblock img compare` beside `qemu-img compare`: the same images, the same words, the same
+//! output to the letter, the same exit status.
 
 mod support;
 

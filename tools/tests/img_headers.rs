@@ -1,4 +1,5 @@
-//! Images whose header says something impossible: every command refuses them in the reference's words.
+//! Images whose header says something impossible: every command refuses them in the reference's
+//! words.
 
 mod support;
 

@@ -1,4 +1,5 @@
-//! `coblock img map` beside `qemu-img map`: the same images, the same words, the same output to the letter.
+//! `coblock img map` beside `qemu-img map`: the same images, the same words, the same output to the
+//! letter.
 
 mod support;
 
@@ -123,8 +124,8 @@ fn images_by_options() {
     same(&lines.map(String::from));
 }
 
-/// What was found before the damage is told as by the reference, and the same sentence says what was wrong; ours adds
-/// where.
+/// What was found before the damage is told as by the reference, and the same sentence says what
+/// was wrong; ours adds where.
 #[test]
 fn damaged_images() {
     let Some(programs) = Programs::with_images("extents-map", extents::make) else {

@@ -1,6 +1,7 @@
-//! The same command lines through `coblock io` and through `qemu-io`: standard output, standard error and exit status must
-//! be equal, and so must be the images afterwards. What differs on purpose is in `docs/compat.md` and has a test of its
-//! own. Without the reference the tests say so and pass.
+//! The same command lines through `coblock io` and through `qemu-io`: standard output, standard
+//! error and exit status must be equal, and so must be the images afterwards. What differs on
+//! purpose is in `docs/compat.md` and has a test of its own. Without the reference the tests say so
+//! and pass.
 
 mod support;
 

@@ -1,8 +1,10 @@
-//! Random scripts through `coblock io` and `qemu-io`: each in its own copy of the same image, of many shapes, with backing
-//! files and compressed clusters among them. What they print must be equal, and so must be what the guest reads afterwards
-//! and what is allocated; `qemu-img check` must find nothing wrong with ours.
+//! Random scripts through `coblock io` and `qemu-io`: each in its own copy of the same image, of
+//! many shapes, with backing files and compressed clusters among them. What they print must be
+//! equal, and so must be what the guest reads afterwards and what is allocated; `qemu-img check`
+//! must find nothing wrong with ours.
 //!
-//! A script follows from its number. `COBLOCK_TEST_SCRIPT=17 cargo test --test io_scripts` runs and prints number 17 alone.
+//! A script follows from its number. `COBLOCK_TEST_SCRIPT=17 cargo test --test io_scripts` runs and
+//! prints number 17 alone.
 
 mod support;
 

@@ -1,4 +1,5 @@
-//! One child process, with what it cost: wait4 tells the CPU time of all its threads, kernel workers included.
+//! One child process, with what it cost: wait4 tells the CPU time of all its threads, kernel
+//! workers included.
 
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
@@ -82,7 +83,8 @@ fn wait4(pid: u32) -> Result<(i32, libc::rusage), String> {
     // SAFETY: rusage consists of integers only, for which all zeroes is a value.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     loop {
-        // SAFETY: both pointers come from exclusive borrows of live locals, which wait4 fills and does not keep.
+        // SAFETY: both pointers come from exclusive borrows of live locals, which wait4 fills and
+        // does not keep.
         let reaped = unsafe { libc::wait4(pid, &mut status, 0, &mut usage) };
         if reaped == pid {
             return Ok((status, usage));

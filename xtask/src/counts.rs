@@ -1,9 +1,11 @@
-//! `cargo xtask counts`: instructions per operation, counted by callgrind, against the recorded ones.
+//! `cargo xtask counts`: instructions per operation, counted by callgrind, against the recorded
+//! ones.
 //!
-//! A *body* is a bench program that does exactly N operations when called with N as its last word (the benches of
-//! `coroutine` do with `once ROW SUBJECT N`). It runs twice, with two numbers; the difference of the two counts, divided
-//! by the difference of the numbers, is the count of one operation: start-up and warming up cancel out. A body must not
-//! use io_uring or threads, whose instructions are not its own. To add one: a line in [`BODIES`], then `--record`.
+//! A *body* is a bench program that does exactly N operations when called with N as its last word
+//! (the benches of `coroutine` do with `once ROW SUBJECT N`). It runs twice, with two numbers; the
+//! difference of the two counts, divided by the difference of the numbers, is the count of one
+//! operation: start-up and warming up cancel out. A body must not use io_uring or threads, whose
+//! instructions are not its own. To add one: a line in [`BODIES`], then `--record`.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! `cargo xtask graph`: who uses whom, from `cargo metadata`, and whether the crates still stand in one line.
+//! `cargo xtask graph`: who uses whom, from `cargo metadata`, and whether the crates still stand in
+//! one line.
 //!
 //! The line is checked, not only drawn: a crate that uses one to its right is an error.
 

@@ -1,6 +1,7 @@
 //! Development tasks: `cargo xtask TASK`, a module each.
 //!
-//! They run from anywhere inside the workspace and need nothing but cargo, for `bench` qemu-img, and for `counts` valgrind.
+//! They run from anywhere inside the workspace and need nothing but cargo, for `bench` qemu-img,
+//! and for `counts` valgrind.
 
 mod bench;
 mod child;

@@ -50,8 +50,8 @@ impl Deref for AlignedBuf {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: `base` is valid for the layout's size (or dangling, aligned and of size zero), was
-        // zeroed when allocated, and is borrowed as `self` is.
+        // SAFETY: `base` is valid for the layout's size (or dangling, aligned and of size zero),
+        // was zeroed when allocated, and is borrowed as `self` is.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.layout.size()) }
     }
 }

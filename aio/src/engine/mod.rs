@@ -37,8 +37,8 @@ pub(crate) enum Engine {
     None,
 }
 
-/// Takes reports of the context's descriptors into the list of ready ones, waiting up to `timeout_ns`
-/// for one.
+/// Takes reports of the context's descriptors into the list of ready ones, waiting up to
+/// `timeout_ns` for one.
 pub(crate) fn collect(
     context: &AioContext,
     ready: &ReadyList,

@@ -6,21 +6,21 @@
 //!   complete:  user data = address of the IoWait  -->  resume its coroutine, in the loop, at once
 //! ```
 //!
-//! * No allocation per request: an entry is written straight into the queue. When the queue is full,
-//!   what is in it is handed over at once. When as many requests are in flight as the completion
-//!   queue holds, further ones wait in a backlog, so that the queue never overflows.
+//! * No allocation per request: an entry is written straight into the queue. When the queue is
+//!   full, what is in it is handed over at once. When as many requests are in flight as the
+//!   completion queue holds, further ones wait in a backlog, so that the queue never overflows.
 //! * The ring watches the context's epoll set with a multishot poll, so one wait is for everything.
 //!   Such a poll tells of changes, not of states: after each report the set is read until it has
 //!   nothing more to say before the loop may sleep again ([`Uring::hot`]).
 //! * Where the loop waits elsewhere, in poll(2) or as part of a foreign loop, the kernel raises an
 //!   eventfd for completions ([`Uring::raise`]): with `DEFER_TASKRUN` the ring's own descriptor
 //!   becomes readable only when somebody enters the kernel.
-//! * A read that may be served from the page cache is held back while it is alone. When the pass ends
-//!   and it still is, the loop reads it itself, without waiting for a device, which is cheaper than the
-//!   ring; else it goes with the others ([`Held`]).
+//! * A read that may be served from the page cache is held back while it is alone. When the pass
+//!   ends and it still is, the loop reads it itself, without waiting for a device, which is cheaper
+//!   than the ring; else it goes with the others ([`Held`]).
 //! * The ring is for one thread (`SINGLE_ISSUER`), and completions are delivered when that thread
-//!   enters the kernel (`DEFER_TASKRUN`, else `COOP_TASKRUN`, each with `TASKRUN_FLAG`, so that a poll
-//!   that does not wait sees that it must enter).
+//!   enters the kernel (`DEFER_TASKRUN`, else `COOP_TASKRUN`, each with `TASKRUN_FLAG`, so that a
+//!   poll that does not wait sees that it must enter).
 
 mod requests;
 
@@ -243,8 +243,8 @@ impl Uring {
     /// Queues a request.
     ///
     /// # Safety
-    /// The entry's user data is a [`Pending`], and the memory that it names stays valid until that is
-    /// completed.
+    /// The entry's user data is a [`Pending`], and the memory that it names stays valid until that
+    /// is completed.
     #[inline(always)]
     unsafe fn push(&self, entry: &Entry) {
         self.requests.set(self.requests.get() + 1);
@@ -309,7 +309,8 @@ impl Uring {
         while self.in_flight.get() < self.limit
             && let Some(entry) = backlog.front()
         {
-            // SAFETY: whoever put it into the backlog made the promise that is asked for, and waits.
+            // SAFETY: whoever put it into the backlog made the promise that is asked for, and
+            // waits.
             if unsafe { ring.submission().push(entry) }.is_err() {
                 return;
             }
@@ -403,7 +404,8 @@ impl Uring {
             };
             let (args, size) = (&raw const args, size_of::<WaitArgs>());
             let flags = flags | EXT_ARG;
-            // SAFETY: as above, and the arguments live through the call and have the size that is said.
+            // SAFETY: as above, and the arguments live through the call and have the size that is
+            // said.
             unsafe { libc::syscall(SYS_ENTER, fd, queued, want, flags, args, size) }
         };
         if result < 0 {
@@ -417,8 +419,8 @@ impl Uring {
         match error.raw_os_error() {
             // Time is up; a signal came: the loop looks what there is.
             Some(libc::ETIME | libc::EINTR) => {}
-            // The kernel wants completions reaped, or is short of memory: the entries stay queued and
-            // the next pass tries again.
+            // The kernel wants completions reaped, or is short of memory: the entries stay queued
+            // and the next pass tries again.
             Some(libc::EBUSY | libc::EAGAIN) => std::thread::yield_now(),
             _ => panic!("io_uring_enter: {error}"),
         }
@@ -529,8 +531,8 @@ impl Uring {
         let mut progress = false;
         if let Some((data, result)) = self.served.take() {
             progress = true;
-            // SAFETY: the user data of a held read is a `Pending`; it did not go into the ring, and was
-            // taken out here.
+            // SAFETY: the user data of a held read is a `Pending`; it did not go into the ring, and
+            // was taken out here.
             let pending = unsafe { Pending::from_user_data(data) };
             pending.complete(result);
         }
@@ -552,8 +554,9 @@ impl Uring {
             if data & BY_WORKER != 0 {
                 self.by_workers.set(self.by_workers.get() - 1);
             }
-            // SAFETY: every other entry has the user data of a `Pending`, some with the bit, which an
-            // address has not; and the kernel gives it back exactly once, since none is multishot.
+            // SAFETY: every other entry has the user data of a `Pending`, some with the bit, which
+            // an address has not; and the kernel gives it back exactly once, since none is
+            // multishot.
             let pending = unsafe { Pending::from_user_data(data & !BY_WORKER) };
             pending.complete(done.result());
         }
@@ -579,7 +582,8 @@ fn register_ring_fd(fd: RawFd) -> Option<libc::c_int> {
         data: u64::try_from(fd).ok()?,
     };
     let argument = &raw mut update;
-    // SAFETY: one `io_uring_rsrc_update` that lives through the call; the descriptor is a ring of ours.
+    // SAFETY: one `io_uring_rsrc_update` that lives through the call; the descriptor is a ring of
+    // ours.
     let done = unsafe {
         libc::syscall(
             libc::SYS_io_uring_register,

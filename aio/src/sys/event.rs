@@ -208,8 +208,8 @@ impl std::fmt::Debug for PollFd {
     }
 }
 
-/// Waits with poll(2) until one of the list is ready or `timeout_ns` passed (`None`: for ever); tells how
-/// many are. For programs that embed a context in a loop of their own.
+/// Waits with poll(2) until one of the list is ready or `timeout_ns` passed (`None`: for ever);
+/// tells how many are. For programs that embed a context in a loop of their own.
 ///
 /// # Errors
 /// `EINTR` when a signal came.
@@ -220,8 +220,8 @@ pub fn poll_all(list: &mut [PollFd], timeout_ns: Option<u64>) -> io::Result<usiz
         .map_or(std::ptr::null(), std::ptr::from_ref);
     let first = list.as_mut_ptr().cast::<libc::pollfd>();
     let count = list.len() as libc::nfds_t;
-    // SAFETY: `PollFd` is `pollfd`, `count` of them are ours to write, and list and time-out live through
-    // the call; no signal mask is given.
+    // SAFETY: `PollFd` is `pollfd`, `count` of them are ours to write, and list and time-out live
+    // through the call; no signal mask is given.
     let ready = check(unsafe { libc::ppoll(first, count, timeout, std::ptr::null()) })?;
     Ok(usize::try_from(ready).unwrap_or(0))
 }

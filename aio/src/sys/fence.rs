@@ -1,13 +1,14 @@
 //! Asymmetric fences: the common side pays nothing, the rare side a system call.
 //!
-//! Two sides each publish something and then look at what the other published; at least one must see
-//! the other. Ordinarily both need a full fence between. Here the common side runs [`light_fence`],
-//! which only keeps the compiler from reordering, and the rare side [`heavy_fence`], which makes the
-//! kernel run a full fence on every processor that runs a thread of this process
-//! (`membarrier(2)`, private expedited).
+//! Two sides each publish something and then look at what the other published; at least one must
+//! see the other. Ordinarily both need a full fence between. Here the common side runs
+//! [`light_fence`], which only keeps the compiler from reordering, and the rare side
+//! [`heavy_fence`], which makes the kernel run a full fence on every processor that runs a thread
+//! of this process (`membarrier(2)`, private expedited).
 //!
-//! Where the kernel refuses, both are ordinary full fences. The choice is made once, before the first
-//! heavy fence; a light fence that runs before the choice is a full one, which is right with either.
+//! Where the kernel refuses, both are ordinary full fences. The choice is made once, before the
+//! first heavy fence; a light fence that runs before the choice is a full one, which is right with
+//! either.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering, compiler_fence, fence};

@@ -63,9 +63,9 @@ pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
 /// Hands a job that borrows to `submit`, as one that may live for ever, and then calls `wait`.
 ///
-/// `wait` must return only when the job has run to its end or was dropped: it waits in an [`IoWait`]
-/// that the job completes last of all. When anything panics in between, that `IoWait` is dropped
-/// while submitted, which aborts the process.
+/// `wait` must return only when the job has run to its end or was dropped: it waits in an
+/// [`IoWait`] that the job completes last of all. When anything panics in between, that `IoWait` is
+/// dropped while submitted, which aborts the process.
 pub(crate) fn lend<'a>(
     job: Box<dyn FnOnce() + Send + 'a>,
     submit: impl FnOnce(Job),
@@ -76,8 +76,8 @@ pub(crate) fn lend<'a>(
     let raw = unsafe {
         std::mem::transmute::<*mut (dyn FnOnce() + Send + 'a), *mut (dyn FnOnce() + Send)>(raw)
     };
-    // SAFETY: it came out of `Box::into_raw` just now. What the job borrows outlives it, because the
-    // frame that lends stands until `wait` returned, and aborts the process rather than unwind.
+    // SAFETY: it came out of `Box::into_raw` just now. What the job borrows outlives it, because
+    // the frame that lends stands until `wait` returned, and aborts the process rather than unwind.
     submit(unsafe { Box::from_raw(raw) });
     wait();
 }

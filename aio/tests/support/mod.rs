@@ -50,8 +50,8 @@ fn older_ring(ring_delivery: RingDelivery) -> Option<Home> {
     Home::new(options).ok()
 }
 
-/// Runs a test with each engine that this machine has, its fallbacks, and each way of watching descriptors, on a home of
-/// its own, and closes it.
+/// Runs a test with each engine that this machine has, its fallbacks, and each way of watching
+/// descriptors, on a home of its own, and closes it.
 pub fn each_engine(test: impl Fn(&Home, &str)) {
     let threads = Home::new(options("threads")).unwrap();
     let homes = [

@@ -4,9 +4,9 @@
 //! its name in messages); `locking` (`on`, `off`, or `auto`, which is on). `cache.direct` goes
 //! around the page cache.
 //!
-//! Requests run in whatever context the coroutine is in; the file itself belongs to none. The driver
-//! grows the file by `ahead`, has the lock bytes of `locks`, the alignment that `probe` found, and
-//! knows holes by `extents`.
+//! Requests run in whatever context the coroutine is in; the file itself belongs to none. The
+//! driver grows the file by `ahead`, has the lock bytes of `locks`, the alignment that `probe`
+//! found, and knows holes by `extents`.
 
 mod ahead;
 mod extents;
@@ -407,8 +407,8 @@ impl Driver for HostFile {
         Some(self.found.id)
     }
 
-    /// Cuts off what was set aside, and gives the locks back now, not when the last duplicate of the
-    /// descriptor goes.
+    /// Cuts off what was set aside, and gives the locks back now, not when the last duplicate of
+    /// the descriptor goes.
     fn close(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
         let len = self.len();
         let cut = self.ahead.cut(co, &self.file, len);

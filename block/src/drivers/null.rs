@@ -94,7 +94,8 @@ impl Driver for Null {
         Ok(())
     }
 
-    /// Zeros where they are asked for, else nobody knows: like the reference, neither data nor zeros.
+    /// Zeros where they are asked for, else nobody knows: like the reference, neither data nor
+    /// zeros.
     fn block_status<'g>(
         &'g self,
         _co: &Co,

@@ -5,13 +5,13 @@
 //!                                            |
 //!   target   node -> driver -> child .. -> file: copy_file_range
 //! ```
-//! Down the source first, then down the target; the requests of both are in flight until the host has copied. So going down
-//! the target must not wait for other requests: one of them might wait for the source's. Whatever would have
-//! to wait, to be padded or to be copied on write there is not copied by the host, and neither is anything between nodes that
-//! stand on the same file.
+//! Down the source first, then down the target; the requests of both are in flight until the host
+//! has copied. So going down the target must not wait for other requests: one of them might wait
+//! for the source's. Whatever would have to wait, to be padded or to be copied on write there is
+//! not copied by the host, and neither is anything between nodes that stand on the same file.
 //!
-//! What the host does not copy is read and then written from the top, with nothing of the source held
-//! while the target is written.
+//! What the host does not copy is read and then written from the top, with nothing of the source
+//! held while the target is written.
 
 use super::MAX_BOUNCE;
 use crate::error::{Error, ErrorKind, Result};
@@ -61,7 +61,8 @@ pub struct CopyTarget<'a> {
 }
 
 impl CopyTarget<'_> {
-    /// Hands bytes of the host to the target, at most as many as there are from the start of the request. Suspends.
+    /// Hands bytes of the host to the target, at most as many as there are from the start of the
+    /// request. Suspends.
     ///
     /// # Errors
     /// What a driver of the target returned.

@@ -44,12 +44,12 @@ impl Co {
     ///
     /// # Safety
     /// Everything on the coroutine's stack must bear to go on on another thread:
-    /// - values that are not `Send` (an `Rc` shared with the old thread, a guard of a thread's lock)
-    ///   must not be there, nor a reference that [`Co::home`] gave;
-    /// - if the coroutine is driven by hand, its handle must not be used any more, not even dropped,
-    ///   once it runs on another thread;
-    /// - no reference to a thread-local may live over the call. The compiler may keep the *address* of
-    ///   a thread-local over it, too: no function that is on the stack now may touch the same
+    /// - values that are not `Send` (an `Rc` shared with the old thread, a guard of a thread's
+    ///   lock) must not be there, nor a reference that [`Co::home`] gave;
+    /// - if the coroutine is driven by hand, its handle must not be used any more, not even
+    ///   dropped, once it runs on another thread;
+    /// - no reference to a thread-local may live over the call. The compiler may keep the *address*
+    ///   of a thread-local over it, too: no function that is on the stack now may touch the same
     ///   thread-local before and after the call, directly or through what is inlined into it.
     ///
     /// # Panics

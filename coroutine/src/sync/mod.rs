@@ -1,4 +1,5 @@
-//! Locks: three that suspend ([`CoMutex`], [`CoRwLock`], [`CoQueue`]) and one that does not ([`ThreadLock`]).
+//! Locks: three that suspend ([`CoMutex`], [`CoRwLock`], [`CoQueue`]) and one that does not
+//! ([`ThreadLock`]).
 
 mod mutex;
 mod queue;

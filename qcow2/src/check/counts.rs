@@ -1,8 +1,8 @@
 //! How many references each host cluster has, counted in memory.
 //!
-//! Counts are kept in chunks. A chunk with few references is a short sorted list, so that a file of many holes costs
-//! little; with more it becomes an array, two bytes a cluster. A count stops where the image's refcounts stop; references
-//! beyond are told to the caller.
+//! Counts are kept in chunks. A chunk with few references is a short sorted list, so that a file of
+//! many holes costs little; with more it becomes an array, two bytes a cluster. A count stops where
+//! the image's refcounts stop; references beyond are told to the caller.
 
 use crate::error::Error;
 use crate::types::{HostCluster, index};

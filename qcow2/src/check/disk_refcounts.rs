@@ -1,4 +1,5 @@
-//! Refcounts as the image tells them: refcount table in memory, blocks read in slices and kept in a bounded cache.
+//! Refcounts as the image tells them: refcount table in memory, blocks read in slices and kept in a
+//! bounded cache.
 
 use crate::check::Broken;
 use coblock_block::Result;
@@ -96,7 +97,8 @@ impl<'a> DiskRefcounts<'a> {
         Ok(self.slice(cluster)?.map_or(0, |slice| width.get(slice, at)))
     }
 
-    /// The part of a refcount block that has the refcount of `cluster`; `None` where there is no block.
+    /// The part of a refcount block that has the refcount of `cluster`; `None` where there is no
+    /// block.
     fn slice(&mut self, cluster: HostCluster) -> std::result::Result<Option<&[u8]>, Broken> {
         let block = self.block(cluster);
         if block == 0 {

@@ -1,5 +1,5 @@
-//! The check of an image's metadata, with the verdict and the counts of `qemu-img check`; and new refcounts from the same
-//! walk, in `rebuild.rs`.
+//! The check of an image's metadata, with the verdict and the counts of `qemu-img check`; and new
+//! refcounts from the same walk, in `rebuild.rs`.
 //!
 //! Every table is read once, in the order of the file, however many snapshots share it:
 //!
@@ -13,8 +13,9 @@
 //!   refcounts on disk                    disk_refcounts.rs    (or new ones: rebuild.rs)
 //! ```
 //!
-//! What a table refers to counts once for each path from the header to it, which is what a refcount has to say. Work is
-//! bounded by the length of the file, memory by the limits of `counts.rs` and by what L1 tables hold; nothing recurses.
+//! What a table refers to counts once for each path from the header to it, which is what a refcount
+//! has to say. Work is bounded by the length of the file, memory by the limits of `counts.rs` and
+//! by what L1 tables hold; nothing recurses.
 
 mod bitmaps;
 mod compare;
@@ -93,11 +94,13 @@ pub enum Event<'a> {
 
 /// Checks all metadata of the image in `file`. May suspend.
 ///
-/// Nothing is written. `event` is called for each finding and now and then for progress, and may keep them or not.
+/// Nothing is written. `event` is called for each finding and now and then for progress, and may
+/// keep them or not.
 ///
 /// # Errors
-/// An image that cannot be checked at all: extended L2 entries, an external data file, a snapshot table or bitmap
-/// directory that cannot be read, more clusters than the reference can count. Damage is not an error, it is counted.
+/// An image that cannot be checked at all: extended L2 entries, an external data file, a snapshot
+/// table or bitmap directory that cannot be read, more clusters than the reference can count.
+/// Damage is not an error, it is counted.
 pub fn check(
     file: &ImageFile<'_>,
     header: &Header,
@@ -184,7 +187,8 @@ impl<'a> State<'a> {
 
     /// Counts `times` references to each cluster that the range touches.
     ///
-    /// The file's last cluster may end early, so a range may reach into it, but not a whole cluster behind the end.
+    /// The file's last cluster may end early, so a range may reach into it, but not a whole cluster
+    /// behind the end.
     fn refer(&mut self, offset: HostOffset, len: u64, times: u64) -> Result<()> {
         if len == 0 || times == 0 {
             return Ok(());

@@ -1,8 +1,10 @@
-//! New refcounts for an image whose own are not to be trusted: what opening a dirty image for writing does first.
+//! New refcounts for an image whose own are not to be trusted: what opening a dirty image for
+//! writing does first.
 //!
-//! References are counted from the header down, as a check does, and written as a refcount table with its blocks to clusters
-//! that nothing refers to; then one write of the header switches to them. The old ones are never
-//! changed, so a power cut on the way leaves the image as it was, or repaired:
+//! References are counted from the header down, as a check does, and written as a refcount table
+//! with its blocks to clusters that nothing refers to; then one write of the header switches to
+//! them. The old ones are never changed, so a power cut on the way leaves the image as it was, or
+//! repaired:
 //!
 //! ```text
 //!   | header | old table, blocks | L1, L2, data ...            | new blocks | new table |
@@ -24,12 +26,12 @@ use crate::width::RefcountWidth;
 /// Clusters whose references are looked at together.
 const STEP: u64 = 4096;
 
-/// Rebuilds the refcounts of a dirty image, makes sure that the image is sound, and takes the dirty bit away, in the
-/// file and in `header`. Suspends. Returns how many clusters are in use.
+/// Rebuilds the refcounts of a dirty image, makes sure that the image is sound, and takes the dirty
+/// bit away, in the file and in `header`. Suspends. Returns how many clusters are in use.
 ///
 /// # Errors
-/// I/O, the limits of [`check`], no room at the end of a device, or an image whose trouble is not its refcounts. It is
-/// still dirty then.
+/// I/O, the limits of [`check`], no room at the end of a device, or an image whose trouble is not
+/// its refcounts. It is still dirty then.
 pub fn rebuild_refcounts(file: &ImageFile<'_>, header: &mut Header) -> Result<u64> {
     let used = count_and_write(file, header)?;
     let mut worst = None;
@@ -134,7 +136,8 @@ struct Plan {
 }
 
 impl Plan {
-    /// For `blocks` that count what is in use, with more that count the new clusters themselves, from `first` on.
+    /// For `blocks` that count what is in use, with more that count the new clusters themselves,
+    /// from `first` on.
     fn new(header: &Header, mut blocks: Vec<u64>, first: u64) -> Result<Self> {
         let geometry = header.geometry;
         let per_block = geometry.refcount_block_entries();
@@ -142,7 +145,8 @@ impl Plan {
             blocks: Vec::new(),
             table_clusters: 0,
         };
-        // Each round adds what the one before needs; a block counts far more clusters than it takes.
+        // Each round adds what the one before needs; a block counts far more clusters than it
+        // takes.
         loop {
             let last = (first + plan.clusters()) / per_block;
             for slot in first / per_block..=last {

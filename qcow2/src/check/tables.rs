@@ -87,7 +87,8 @@ impl State<'_> {
         self.l2_tables(&tables)
     }
 
-    /// Reads each byte of L1 tables once (that of the disk begins at `disk`); gives the L2 tables in the order of the file.
+    /// Reads each byte of L1 tables once (that of the disk begins at `disk`); gives the L2 tables
+    /// in the order of the file.
     fn l1_tables(&mut self, mut edges: Vec<Edge>, disk: HostOffset) -> Result<Vec<TableRef>> {
         edges.sort_unstable();
         let mut tables = Vec::new();
@@ -211,7 +212,8 @@ impl State<'_> {
     }
 
     fn l2_table(&mut self, table: TableRef, data: &[u8]) -> Result<()> {
-        // Flags are told of tables that have a refcount, which the header (an entry without offset names it) has not.
+        // Flags are told of tables that have a refcount, which the header (an entry without offset
+        // names it) has not.
         let cluster = self.geometry.host_cluster(HostOffset(table.offset));
         let flags = table.active > 0 && table.offset != 0 && self.disk.get(cluster).is_ok();
         let mut next = None;
@@ -244,8 +246,8 @@ impl State<'_> {
         Ok(())
     }
 
-    /// `flags`: its copied flag is to be checked; `next`: where the table's next data cluster would not count as a
-    /// fragment.
+    /// `flags`: its copied flag is to be checked; `next`: where the table's next data cluster would
+    /// not count as a fragment.
     fn standard_entry(
         &mut self,
         table: TableRef,

@@ -1,4 +1,5 @@
-//! The corpus of hostile images: one generator for each public weakness of this format's programs, by its name.
+//! The corpus of hostile images: one generator for each public weakness of this format's programs,
+//! by its name.
 
 use std::sync::Arc;
 

@@ -1,7 +1,8 @@
 //! Damaged images: a seed picks an image and breaks fields of its metadata, knowing where they are.
 //!
-//! The damage is of the kinds that software and disks do: an entry with a wrong flag, a wrong offset, another entry's
-//! offset; a refcount off by one; a table moved, cut, doubled; a file cut short; and plain noise.
+//! The damage is of the kinds that software and disks do: an entry with a wrong flag, a wrong
+//! offset, another entry's offset; a refcount off by one; a table moved, cut, doubled; a file cut
+//! short; and plain noise.
 
 use super::{get32, get64, put32, put64, qemu_img, qemu_io, text};
 use std::path::Path;
@@ -59,7 +60,8 @@ pub struct Recipe {
     pub bitmaps: u32,
 }
 
-/// Images to damage: small and large clusters, every refcount width, both versions, all kinds of entries.
+/// Images to damage: small and large clusters, every refcount width, both versions, all kinds of
+/// entries.
 pub fn recipes() -> Vec<Recipe> {
     let plain = Recipe {
         options: "",

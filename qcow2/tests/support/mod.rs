@@ -48,7 +48,8 @@ pub fn empty_image(cluster_bits: u32) -> Vec<u8> {
     image
 }
 
-/// Adds an L2 table with these entries at the end of the image, with refcount one; gives its offset.
+/// Adds an L2 table with these entries at the end of the image, with refcount one; gives its
+/// offset.
 pub fn add_l2(image: &mut Vec<u8>, entries: &[u64]) -> u64 {
     let at = add_cluster(image);
     for (slot, entry) in entries.iter().enumerate() {

@@ -1,7 +1,8 @@
 //! An image on a simulated disk that holds back what a test says.
 //!
-//! It has clusters of 4 KiB: header, refcount table, one refcount block and the L1 table in the first four, so the first
-//! cluster that the allocator hands out is at 0x4000 (an L2 table) and the first data cluster at 0x5000.
+//! It has clusters of 4 KiB: header, refcount table, one refcount block and the L1 table in the
+//! first four, so the first cluster that the allocator hands out is at 0x4000 (an L2 table) and the
+//! first data cluster at 0x5000.
 
 #![expect(
     clippy::cast_possible_truncation,

@@ -72,7 +72,8 @@ pub struct Config {
     pub block_size: usize,
     /// Requests in flight.
     pub depth: usize,
-    /// Size of the image to make, or how much of an existing one is used; `None` is all of it, or 1 GiB.
+    /// Size of the image to make, or how much of an existing one is used; `None` is all of it, or 1
+    /// GiB.
     pub size: Option<u64>,
     /// How long requests are sent.
     pub runtime: Duration,
@@ -195,7 +196,9 @@ fn command() -> Command {
         .subcommand(bench)
         .subcommand(
             Command::new("img")
-                .about("Work on images: create, info, check, bench (coblock img --help)")
+                .about(
+                    "Work on images: create, info, check, map, compare, bench (coblock img --help)",
+                )
                 .disable_help_flag(true),
         )
         .subcommand(

@@ -1,7 +1,8 @@
 //! Latencies of any number of requests in a fixed amount of memory.
 //!
-//! Log-linear buckets: below 64 ns one bucket a nanosecond, above that 32 buckets for each doubling, so a percentile
-//! is at most 1/32 too high. Recording adds one to an array element. Pure.
+//! Log-linear buckets: below 64 ns one bucket a nanosecond, above that 32 buckets for each
+//! doubling, so a percentile is at most 1/32 too high. Recording adds one to an array element.
+//! Pure.
 
 /// Buckets for each doubling.
 const PER_DOUBLING: usize = 32;
@@ -51,8 +52,8 @@ impl Histogram {
         self.max_ns
     }
 
-    /// The latency that `permille` of 1000 requests did not exceed, rounded up to the end of its bucket but never above
-    /// the maximum; zero when nothing was counted.
+    /// The latency that `permille` of 1000 requests did not exceed, rounded up to the end of its
+    /// bucket but never above the maximum; zero when nothing was counted.
     pub fn percentile_ns(&self, permille: u64) -> u64 {
         assert!(permille <= 1000, "a share of 1000, not {permille}");
         let rank = (u128::from(self.total) * u128::from(permille))

@@ -1,8 +1,9 @@
 //! What the image must hold: one entry a block, kept by the main job while requests are in flight.
 //!
-//! A block is written by one request at a time, each with the next sequence number. Reads may go on meanwhile; what they
-//! find must be of versions between the one that was complete when they began and the newest that had begun when they
-//! ended, and of one version where that is only one. A write that failed leaves its block in doubt: old or new.
+//! A block is written by one request at a time, each with the next sequence number. Reads may go on
+//! meanwhile; what they find must be of versions between the one that was complete when they began
+//! and the newest that had begun when they ended, and of one version where that is only one. A
+//! write that failed leaves its block in doubt: old or new.
 //!
 //! ```text
 //!  entry of a block   | bit 31: write BEGUN, not acknowledged | bits 0..31: sequence of the last acknowledged write |
@@ -146,8 +147,8 @@ impl Ledger {
         let oldest = expected.oldest;
         match &self.before {
             Some(before) if oldest == 0 => {
-                // A block that was written while it was first read cannot be judged by its fingerprint; the pass over
-                // the whole image at the end will.
+                // A block that was written while it was first read cannot be judged by its
+                // fingerprint; the pass over the whole image at the end will.
                 if newest == 0 && pattern::fingerprint(content) != before[block] {
                     return Err(Mismatch {
                         offset: self.offset(block),
@@ -201,8 +202,8 @@ impl Ledger {
     pub fn check_final(&self, block: usize, content: &[u8]) -> Result<(), Mismatch> {
         let entry = self.entries[block];
         if self.before.is_some() && entry == BEGUN {
-            // The only write of a block with foreign content failed: sectors that are ours must be from that write, the
-            // others cannot be told apart.
+            // The only write of a block with foreign content failed: sectors that are ours must be
+            // from that write, the others cannot be told apart.
             return Ok(());
         }
         self.check(block, self.begin_read(block), content)

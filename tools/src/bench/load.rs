@@ -6,8 +6,9 @@
 //!                                                                      records and gives its slot back
 //! ```
 //!
-//! Nothing is allocated for a request: slots keep their buffers, stacks come from the pool. The clock is read once a pass and
-//! every [`CLOCK_USES`] requests, so a latency may be wrong by what that many requests take in memory.
+//! Nothing is allocated for a request: slots keep their buffers, stacks come from the pool. The
+//! clock is read once a pass and every [`CLOCK_USES`] requests, so a latency may be wrong by what
+//! that many requests take in memory.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

@@ -88,7 +88,8 @@ fn job(config: &Config, out: &mut Output) -> Result<u8, String> {
     })
 }
 
-/// The first Ctrl-C ends the job early but in order, so that a temporary image is removed; a second one ends the program.
+/// The first Ctrl-C ends the job early but in order, so that a temporary image is removed; a second
+/// one ends the program.
 fn watch_signals() -> Result<Arc<AtomicBool>, String> {
     use signal_hook::consts::{SIGINT, SIGTERM};
     use signal_hook::flag::{register, register_conditional_shutdown};
@@ -183,8 +184,9 @@ impl Image {
 impl Image {
     /// Removes a temporary image.
     ///
-    /// Random writes leave a file of many small extents. Where the file system discards freed blocks at once, each of them
-    /// would cost a command to the disk, which takes minutes for a gigabyte; unwritten extents merge, so that first.
+    /// Random writes leave a file of many small extents. Where the file system discards freed
+    /// blocks at once, each of them would cost a command to the disk, which takes minutes for a
+    /// gigabyte; unwritten extents merge, so that first.
     fn remove(self, out: &Output) {
         let Some(folder) = self.folder else { return };
         if let Ok(file) = std::fs::OpenOptions::new().write(true).open(&self.path)

@@ -1,7 +1,8 @@
 //! What the main job writes, and how it recognises it again.
 //!
-//! Each sector of 512 bytes tells where it belongs, which write of its block it is from, and which run made it; the rest
-//! follows from these three, so a sector that was swapped, torn inside, stale or from another run is always seen.
+//! Each sector of 512 bytes tells where it belongs, which write of its block it is from, and which
+//! run made it; the rest follows from these three, so a sector that was swapped, torn inside, stale
+//! or from another run is always seen.
 //!
 //! ```text
 //!  byte 0         8          16         24                                  512
@@ -39,7 +40,8 @@ fn word(sector: &[u8; SECTOR], index: usize) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-/// Fills `buf`, which begins at byte `offset` of the image, as write number `sequence` of a run with this seed.
+/// Fills `buf`, which begins at byte `offset` of the image, as write number `sequence` of a run
+/// with this seed.
 ///
 /// `offset` and the length are multiples of [`SECTOR`]; `sequence` is not [`UNTOUCHED`].
 pub fn fill(buf: &mut [u8], offset: u64, sequence: u64, seed: u64) {
@@ -109,8 +111,8 @@ pub fn recognise(sector: &[u8; SECTOR], offset: u64, seed: u64) -> Found {
 
 /// True when each byte of the sector is that of one of these versions ([`UNTOUCHED`]: zero).
 ///
-/// What a read finds while a write is on its way: nobody promises that a page of the host's cache changes in steps of
-/// sectors, or of words.
+/// What a read finds while a write is on its way: nobody promises that a page of the host's cache
+/// changes in steps of sectors, or of words.
 #[cold]
 pub fn is_mixture(
     sector: &[u8; SECTOR],
@@ -132,7 +134,8 @@ pub fn is_mixture(
     possible.iter().all(|&possible| possible)
 }
 
-/// A fingerprint of a block whose content is not ours: equal content has equal fingerprints, on every machine.
+/// A fingerprint of a block whose content is not ours: equal content has equal fingerprints, on
+/// every machine.
 pub fn fingerprint(block: &[u8]) -> u64 {
     let (words, rest) = block.as_chunks::<WORD>();
     // Four independent chains, since one would wait for each multiplication.

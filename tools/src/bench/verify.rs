@@ -46,7 +46,8 @@ impl<V: FnMut(u64, &[u8])> Readers<V> {
     }
 }
 
-/// Reads all of the image in pieces that are whole blocks, but for the last, and gives them to `visit` in any order.
+/// Reads all of the image in pieces that are whole blocks, but for the last, and gives them to
+/// `visit` in any order.
 ///
 /// # Errors
 /// The first that reading returned, or no memory.

@@ -1,7 +1,8 @@
 //! `bench`: many equal requests, a fixed number of them in flight, and how long they took.
 //!
-//! One coroutine for each request in flight: when its request completes it takes the next offset and sends again. A
-//! request costs two counters and an addition here; no clock is read between the first and the last.
+//! One coroutine for each request in flight: when its request completes it takes the next offset
+//! and sends again. A request costs two counters and an addition here; no clock is read between the
+//! first and the last.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -368,8 +369,8 @@ impl Shared {
         self.since_flush.get() >= self.plan.flush_interval
     }
 
-    /// With draining, the last one in flight flushes and the others wait for it; else whoever comes first flushes while
-    /// the others go on.
+    /// With draining, the last one in flight flushes and the others wait for it; else whoever comes
+    /// first flushes while the others go on.
     #[cold]
     fn flush(&self, co: &Co) {
         if self.plan.drain && self.in_flight.get() > 0 {
@@ -414,7 +415,8 @@ impl Shared {
     }
 }
 
-/// The kernel's words, as the reference has them; which request it was and what the library says on a second line.
+/// The kernel's words, as the reference has them; which request it was and what the library says on
+/// a second line.
 fn error_and_place(error: &block::Error, request: &str) -> String {
     format!("{}\n{request}: {error}", block::errno_text(error.errno()))
 }

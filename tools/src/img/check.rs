@@ -1,7 +1,8 @@
 //! `check`: is the metadata of an image consistent?
 //!
-//! Reads only. The words of a finding are the library's, which follow the reference; exit codes are 0 (clean), 1 (could
-//! not be checked), 2 (corruptions), 3 (leaks) and 63 (the format has nothing to check).
+//! Reads only. The words of a finding are the library's, which follow the reference; exit codes are
+//! 0 (clean), 1 (could not be checked), 2 (corruptions), 3 (leaks) and 63 (the format has nothing
+//! to check).
 
 use coblock::block::{self, BlockBackend};
 use coblock::coroutine::Co;
@@ -70,7 +71,8 @@ const OPTIONS: &[Opt<Id>] = &[
 /// Most lines for one finding that counts many times: an image must not decide how long we print.
 const REPEATS_MAX: u64 = 1000;
 
-/// Most findings that are kept to be printed in the reference's order; more are printed as they come.
+/// Most findings that are kept to be printed in the reference's order; more are printed as they
+/// come.
 const LATE_MAX: usize = 10_000;
 
 /// The format has nothing to check.
@@ -179,7 +181,8 @@ fn check_file(co: &Co, file: &BlockBackend, out: &Output) -> block::Result<Check
     let mut late = Vec::new();
     let mut event = |event: Event<'_>| {
         if let Event::Finding { finding, times } = event {
-            // The reference compares these flags in a pass of its own, at the end; we see them on the way.
+            // The reference compares these flags in a pass of its own, at the end; we see them on
+            // the way.
             let is_late = matches!(finding, Finding::L1Copied { .. } | Finding::L2Copied { .. });
             if is_late && late.len() < LATE_MAX {
                 late.push((finding.to_string(), times));

@@ -96,8 +96,8 @@ const NOT_READ: u8 = 4;
 /// Longest step that is read, as in the reference, where it shows in the progress.
 const STEP_MAX: u64 = 2 << 20;
 
-/// Bytes that are read at once: enough that handing them to a thread costs little beside copying them, and so few that
-/// they are still in the processor's cache when they are compared.
+/// Bytes that are read at once: enough that handing them to a thread costs little beside copying
+/// them, and so few that they are still in the processor's cache when they are compared.
 const PIECE: usize = 512 << 10;
 
 /// Steps that are checked at the same time.

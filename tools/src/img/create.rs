@@ -266,7 +266,8 @@ fn look_at_backing(
         };
     }
     let failed = |why: String| format!("{why}\nCould not open backing image.");
-    // The name is the user's own, so it may be anything that a command line takes; a path is relative to the new image.
+    // The name is the user's own, so it may be anything that a command line takes; a path is
+    // relative to the new image.
     let from_here = match protocol(&backing) {
         Ok(("file", path)) if path == backing && !path.starts_with('/') => {
             let directory = Path::new(filename).parent().unwrap_or(Path::new(""));
@@ -490,7 +491,8 @@ fn make(
         made.and(closed)
     });
     let Err(error) = result else { return Ok(()) };
-    // What is there now is no image; the reference removes it too. A file that is in use was not touched.
+    // What is there now is no image; the reference removes it too. A file that is in use was not
+    // touched.
     let untouched = error.kind() == block::ErrorKind::Locked;
     if regular && !untouched && (format == Made::Qcow2 || !existed) {
         // Already failing: what the removal says would hide why.
@@ -535,7 +537,8 @@ fn make_raw(
         .truncate(co, size, true)
         .map_err(|error| error.context("Could not resize file"))?;
     match preallocated {
-        // The first block is stored, as in the reference: direct I/O cannot find its alignment out in a hole.
+        // The first block is stored, as in the reference: direct I/O cannot find its alignment out
+        // in a hole.
         Preallocation::Off | Preallocation::Metadata => {
             let zeros = [0; FIRST_BLOCK];
             let len = usize::try_from(size).map_or(FIRST_BLOCK, |size| size.min(FIRST_BLOCK));
@@ -565,8 +568,8 @@ fn make_raw(
     }
 }
 
-/// Asks the file system not to copy on write. Only btrfs knows what that is; elsewhere the option means nothing, as in
-/// the reference.
+/// Asks the file system not to copy on write. Only btrfs knows what that is; elsewhere the option
+/// means nothing, as in the reference.
 fn no_copy_on_write(file: &File) {
     use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
     if let Ok(flags) = ioctl_getflags(file)

@@ -190,7 +190,8 @@ pub struct CreateOptions {
 }
 
 impl CreateOptions {
-    /// All unset but for defaults: the options of a format, and those of the file below that it does not have itself.
+    /// All unset but for defaults: the options of a format, and those of the file below that it
+    /// does not have itself.
     pub fn new(format: &[Desc], below: &[Desc]) -> Self {
         let mut descs = format.to_vec();
         descs.extend(

@@ -54,8 +54,8 @@ impl Disk {
         self.backend.node().limits().mem_alignment
     }
 
-    /// The layer that decides what the first bytes of the range are, and what it says. The range is inside the disk and
-    /// not empty; the answer is about one byte at least.
+    /// The layer that decides what the first bytes of the range are, and what it says. The range is
+    /// inside the disk and not empty; the answer is about one byte at least.
     ///
     /// # Errors
     /// What the library says.
@@ -120,8 +120,8 @@ impl Disk {
     }
 }
 
-/// Bytes behind the last one of a file that are data as it is: where whole blocks are read, a block that is data in its
-/// first part is data.
+/// Bytes behind the last one of a file that are data as it is: where whole blocks are read, a block
+/// that is data in its first part is data.
 fn rest_of_block(last: &Status) -> u64 {
     match &last.place {
         Some((node, at)) if last.data => {

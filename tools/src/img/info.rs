@@ -1,7 +1,8 @@
 //! `info`: what an image says about itself.
 //!
-//! Opens nothing but the named file, unless `--backing-chain` is given. What is printed comes from the header and the
-//! tables that it points to, so also images are told about whose data we cannot read.
+//! Opens nothing but the named file, unless `--backing-chain` is given. What is printed comes from
+//! the header and the tables that it points to, so also images are told about whose data we cannot
+//! read.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -181,7 +182,8 @@ fn one(co: &Co, session: &Session, spec: &ImageSpec, access: Access) -> Result<I
                 .map_err(|error| failed(&explain(&error)))?;
             Some(len)
         }
-        // Whatever is wrong behind the header, or cannot be served, does not keep us from telling what the header says.
+        // Whatever is wrong behind the header, or cannot be served, does not keep us from telling
+        // what the header says.
         Err(error) if qcow2_error(&error).is_some() => None,
         Err(error) => return Err(spec.could_not_open(&error)),
     };
@@ -236,7 +238,8 @@ fn read_qcow2(image: &ImageFile<'_>) -> block::Result<(Qcow2Info, Option<Json>)>
     Ok((info, Some(described.unwrap_or_else(plain))))
 }
 
-/// The name that is printed: of the file where there is nothing else to say, else all of the options as JSON.
+/// The name that is printed: of the file where there is nothing else to say, else all of the
+/// options as JSON.
 fn shown_filename(spec: &ImageSpec) -> String {
     let keys = &spec.keys;
     let file = match keys.get("file.driver") {
@@ -299,7 +302,8 @@ fn file_info(keys: &Pairs, file: &BlockBackend) -> FileInfo {
     }
 }
 
-/// Bytes that the host keeps for a file; blocks are counted in units of 512 bytes, whatever its file system's are.
+/// Bytes that the host keeps for a file; blocks are counted in units of 512 bytes, whatever its
+/// file system's are.
 fn actual_size(filename: &str) -> u64 {
     std::fs::metadata(Path::new(filename)).map_or(0, |m| m.blocks() * 512)
 }

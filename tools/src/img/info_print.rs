@@ -1,4 +1,5 @@
-//! How `info` prints what it knows: for people, or as JSON with the reference's keys in the reference's order.
+//! How `info` prints what it knows: for people, or as JSON with the reference's keys in the
+//! reference's order.
 
 use coblock::qcow2::bitmap::{Bitmap, BitmapFlags};
 use coblock::qcow2::info::Info as Qcow2Info;

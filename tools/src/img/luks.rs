@@ -34,8 +34,8 @@ fn name(header: &[u8; LEN], at: usize, len: usize) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// What `info` tells, in the order of the reference; keys with spaces, as people read them. `None` without a header of
-/// version 1.
+/// What `info` tells, in the order of the reference; keys with spaces, as people read them. `None`
+/// without a header of version 1.
 pub fn describe(header: &[u8; LEN]) -> Option<Json> {
     if !header.starts_with(MAGIC) {
         return None;

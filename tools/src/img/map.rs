@@ -1,4 +1,5 @@
-//! `map`: which ranges of an image are data, which are zeros, where they are, and how deep in the backing chain.
+//! `map`: which ranges of an image are data, which are zeros, where they are, and how deep in the
+//! backing chain.
 //!
 //! ```text
 //!   Disk::map          one answer of the library for another, each about a first part of what was asked

@@ -1,4 +1,5 @@
-//! `coblock img`: the commands of `qemu-img` 10.0.2 that we have, with its options, output and exit codes.
+//! `coblock img`: the commands of `qemu-img` 10.0.2 that we have, with its options, output and exit
+//! codes.
 //!
 //! `docs/compat.md` says option by option what is there and what is refused.
 
@@ -59,7 +60,8 @@ struct Call<'a> {
 enum Failure {
     /// The command line is wrong: the message, then where to find help.
     Usage(Vec<u8>),
-    /// As [`Failure::Usage`], the message beginning with the command's word too: it came from the option parser.
+    /// As [`Failure::Usage`], the message beginning with the command's word too: it came from the
+    /// option parser.
     Option(UsageError),
     /// Something else: the message.
     Failed(Vec<u8>),

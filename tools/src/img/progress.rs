@@ -1,6 +1,7 @@
 //! How far a command is, as the reference shows it: `    (12.50/100%)`, over and over on one line.
 //!
-//! Without `-p` nobody sees it, until the program gets SIGUSR1: then the next step tells it once, on standard error.
+//! Without `-p` nobody sees it, until the program gets SIGUSR1: then the next step tells it once,
+//! on standard error.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +18,8 @@ pub(super) struct Progress {
     shown: bool,
     /// The user sent a signal.
     asked: Arc<AtomicBool>,
-    /// Percent, and how many of them were told. So exact and no more, as the reference counts them: its rounding shows.
+    /// Percent, and how many of them were told. So exact and no more, as the reference counts them:
+    /// its rounding shows.
     done: f32,
     told: f32,
 }

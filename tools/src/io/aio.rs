@@ -1,4 +1,5 @@
-//! `aio_read`, `aio_write`, `aio_flush`: requests beside the commands, whose results come when they come.
+//! `aio_read`, `aio_write`, `aio_flush`: requests beside the commands, whose results come when they
+//! come.
 
 use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};

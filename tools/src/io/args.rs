@@ -63,8 +63,8 @@ pub(super) fn lengths(words: &[String]) -> Result<Vec<u64>, Failure> {
     Ok(lengths)
 }
 
-/// Memory of a request. As a slice it is what the request is about; reads past the end of a file whose last sector is
-/// not whole leave the rest zero.
+/// Memory of a request. As a slice it is what the request is about; reads past the end of a file
+/// whose last sector is not whole leave the rest zero.
 pub(super) struct Buffer {
     memory: AlignedBuf,
     start: usize,

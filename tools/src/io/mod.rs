@@ -1,4 +1,5 @@
-//! `coblock io`: the commands of `qemu-io` 10.0.2 that we have, with its options, output and exit codes.
+//! `coblock io`: the commands of `qemu-io` 10.0.2 that we have, with its options, output and exit
+//! codes.
 //!
 //! ```text
 //!   mod        options of the program; -c one after the other, or lines from standard input
@@ -90,7 +91,8 @@ struct Shell<'o> {
     quit: bool,
 }
 
-/// Runs the command line behind the program's name, which the user wrote as `called`; the status to exit with.
+/// Runs the command line behind the program's name, which the user wrote as `called`; the status to
+/// exit with.
 pub fn run(words: Vec<OsString>, called: &str, out: &mut Output) -> u8 {
     let mut getopt = Getopt::new(OPTIONS, Order::Permute, words);
     let mut with = OpenWith::default();

@@ -145,7 +145,8 @@ impl Image {
         self.running.iter().any(|request| !request.is_over())
     }
 
-    /// The part of `len` bytes at `offset` that the file has, where the rest is in its last, odd sector.
+    /// The part of `len` bytes at `offset` that the file has, where the rest is in its last, odd
+    /// sector.
     pub(super) fn inside(&self, offset: u64, len: u64) -> u64 {
         let end = offset.saturating_add(len);
         if end <= self.len() {
@@ -155,8 +156,8 @@ impl Image {
         }
     }
 
-    /// Whether `data` may be written at `offset`: not if it makes a raw image, whose format was guessed, look like one
-    /// of another format.
+    /// Whether `data` may be written at `offset`: not if it makes a raw image, whose format was
+    /// guessed, look like one of another format.
     pub(super) fn check_first_sector(&self, offset: u64, data: &[u8]) -> block::Result<()> {
         let guessed = self.spec.probed && self.spec.driver() == "raw";
         if !guessed || offset >= SECTOR || offset + data.len() as u64 > self.len() {

@@ -16,7 +16,8 @@ use crate::img::specific_lines;
 use crate::spec::Access;
 
 impl Image {
-    /// Whether the image's own layer holds the first bytes of a range, and how many of them; none past the end.
+    /// Whether the image's own layer holds the first bytes of a range, and how many of them; none
+    /// past the end.
     fn is_allocated(&self, offset: u64, len: u64) -> block::Result<(bool, u64)> {
         let backend = &self.backend;
         let home = &self.session.home;
@@ -126,7 +127,8 @@ pub(super) fn info(shell: &mut Shell<'_>, _: &Call<'_>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Bytes of a cluster, and where the state of a virtual machine would begin: behind the last table that the disk needs.
+/// Bytes of a cluster, and where the state of a virtual machine would begin: behind the last table
+/// that the disk needs.
 fn geometry(info: &Qcow2Info) -> (u64, u64) {
     let cluster = info.cluster_size;
     let entry = if info.extended_l2 { 16 } else { 8 };

@@ -1,7 +1,7 @@
 //! `reopen`: other options for the image that is open.
 //!
-//! The graph cannot change a node's options, and needs not: nobody else uses the image here. So it is closed and opened
-//! again; when that fails it is opened as before.
+//! The graph cannot change a node's options, and needs not: nobody else uses the image here. So it
+//! is closed and opened again; when that fails it is opened as before.
 
 use std::ffi::OsString;
 

@@ -93,7 +93,8 @@ fn scaled(bytes: f64) -> String {
     )
 }
 
-/// Bytes that were read from `offset` on, sixteen a line: hexadecimal, and letters and digits as themselves.
+/// Bytes that were read from `offset` on, sixteen a line: hexadecimal, and letters and digits as
+/// themselves.
 pub(super) fn dump(bytes: &[u8], offset: u64) -> String {
     let mut out = String::new();
     for (line, bytes) in (0_u64..).zip(bytes.chunks(16)) {

@@ -1,4 +1,5 @@
-//! `read`, `readv`, `write`, `writev`, `discard`, `flush`: requests that are over when the command is.
+//! `read`, `readv`, `write`, `writev`, `discard`, `flush`: requests that are over when the command
+//! is.
 
 use std::ffi::OsString;
 use std::fs::File;

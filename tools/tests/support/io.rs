@@ -1,4 +1,5 @@
-//! `coblock io` and `qemu-io` side by side: the same command line, each in its own copy of a folder of images.
+//! `coblock io` and `qemu-io` side by side: the same command line, each in its own copy of a folder
+//! of images.
 //!
 //! Both are called as `qemu-io`, so messages are compared to the letter; only times are hidden.
 
@@ -164,7 +165,8 @@ fn map(path: &str, format: &str, folder: &Path) -> Vec<String> {
     let mut joined: Vec<(u64, u64, String)> = Vec::new();
     for extent in list.as_array().unwrap() {
         let number = |key: &str| extent[key].as_u64().unwrap();
-        // Data that also reads as zeros lies in a hole of the file, where one of the two did not write zeros.
+        // Data that also reads as zeros lies in a hole of the file, where one of the two did not
+        // write zeros.
         let keys: &[&str] = if extent["data"] == true {
             &["depth", "data", "compressed"]
         } else {

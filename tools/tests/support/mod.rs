@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-/// The name that our program is called by; longer than the reference's by nothing, so that columns stay.
+/// The name that our program is called by; longer than the reference's by nothing, so that columns
+/// stay.
 const OUR_NAME: &str = "ours-img";
 const REFERENCE: &str = "qemu-img";
 
@@ -85,8 +86,8 @@ impl Programs {
         Some(Self { images, root })
     }
 
-    /// With the images that `make` puts into the folder called `name`, once for all tests of this process; `None`, said
-    /// aloud, without the reference.
+    /// With the images that `make` puts into the folder called `name`, once for all tests of this
+    /// process; `None`, said aloud, without the reference.
     pub fn with_images(name: &str, make: fn(&Path)) -> Option<Self> {
         static IMAGES: OnceLock<PathBuf> = OnceLock::new();
         if !have(REFERENCE) || !have("qemu-io") {
@@ -263,7 +264,8 @@ fn odd_images(images: &Path) {
         image[byte] = value;
         fs::write(at(name), image).unwrap();
     }
-    // A feature name table of one entry that is cut short, in place of the usual one, and a feature that it names.
+    // A feature name table of one entry that is cut short, in place of the usual one, and a feature
+    // that it names.
     let mut named = fs::read(at("named")).unwrap();
     named[72] = 0x80;
     let table = named[..4096]
@@ -274,7 +276,8 @@ fn odd_images(images: &Path) {
     named[table + 8..table + 4096].fill(0);
     named[table + 8..table + 22].copy_from_slice(b"\0\x3fTest feature");
     fs::write(at("named"), named).unwrap();
-    // A written image, then a mapping taken away (a leak), a refcount taken away (a corruption), and both.
+    // A written image, then a mapping taken away (a leak), a refcount taken away (a corruption),
+    // and both.
     let io = Command::new("qemu-io")
         .args(["-c", "write 0 1M", "-c", "write 2M 1M"])
         .arg(at("base"))

@@ -209,9 +209,9 @@ pub fn file_system(path: &Path) -> Option<String> {
 
 /// Brings the file into the page cache (`cached`), or out of it.
 ///
-/// One that is `written` is taken out first in any case: ext4's buffered writes cost twice as much in
-/// one file as in its copy when the cache holds them in pages of another size, which depends on who
-/// read them before.
+/// One that is `written` is taken out first in any case: ext4's buffered writes cost twice as much
+/// in one file as in its copy when the cache holds them in pages of another size, which depends on
+/// who read them before.
 pub fn settle(path: &Path, cached: bool, written: bool) -> Outcome {
     let failed = |e: std::io::Error| format!("{}: {e}", path.display());
     let mut file = fs::File::open(path).map_err(failed)?;

@@ -9,8 +9,8 @@ use std::os::fd::AsFd;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-/// Is there a hole at `offset`, and of how many of the `len` bytes is that true? Blocks; `len` is not
-/// zero. Moves the position of the open file, which nobody uses.
+/// Is there a hole at `offset`, and of how many of the `len` bytes is that true? Blocks; `len` is
+/// not zero. Moves the position of the open file, which nobody uses.
 pub(super) fn look(file: &File, offset: u64, len: u64) -> (bool, u64) {
     match seek(file.as_fd(), SeekFrom::Data(offset)) {
         // No data from here to the end of the file.

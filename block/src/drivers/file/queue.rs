@@ -1,6 +1,7 @@
 //! What the kernel says about the request queue of a block device, in sysfs.
 //!
-//! A partition has no queue of its own: it is its disk's. A value that is missing or makes no sense is not known.
+//! A partition has no queue of its own: it is its disk's. A value that is missing or makes no sense
+//! is not known.
 
 use rustix::fs::{major, minor};
 use std::path::{Path, PathBuf};
@@ -60,7 +61,8 @@ impl Queue {
 mod tests {
     use super::*;
 
-    /// Numbers are read with their units; what is missing, zero where that says nothing, or no number is not known.
+    /// Numbers are read with their units; what is missing, zero where that says nothing, or no
+    /// number is not known.
     #[test]
     fn folders_are_read() {
         let folder = tempfile::tempdir().unwrap();

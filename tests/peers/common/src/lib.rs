@@ -1,8 +1,8 @@
-//! What the programs of this workspace share: the flags of `qemu-img bench` that they know, its sequence of offsets,
-//! aligned buffers, and the line of JSON at the end.
+//! What the programs of this workspace share: the flags of `qemu-img bench` that they know, its
+//! sequence of offsets, aligned buffers, and the line of JSON at the end.
 //!
-//! Offsets are those of `qemu-img bench` 10: the first is `-o`, each next one lies `-S` bytes further, modulo the size
-//! of the disk. Requests are taken in this order by whoever is free.
+//! Offsets are those of `qemu-img bench` 10: the first is `-o`, each next one lies `-S` bytes
+//! further, modulo the size of the disk. Requests are taken in this order by whoever is free.
 
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -38,7 +38,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Reads the words after the program's name. `threads` tells whether the program knows more than one.
+    /// Reads the words after the program's name. `threads` tells whether the program knows more
+    /// than one.
     ///
     /// # Errors
     /// An unknown flag, a flag without its value, a value out of range, or not exactly one image.

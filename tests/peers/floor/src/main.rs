@@ -1,7 +1,8 @@
-//! The floor: what remains when the mapping costs one look-up in memory and everything else is the kernel.
+//! The floor: what remains when the mapping costs one look-up in memory and everything else is the
+//! kernel.
 //!
-//! One thread, one ring, `-d` slots; each slot has a buffer of its own. Nothing is registered with the ring. Only clusters
-//! that exist can be read or written; loading the mapping is not measured.
+//! One thread, one ring, `-d` slots; each slot has a buffer of its own. Nothing is registered with
+//! the ring. Only clusters that exist can be read or written; loading the mapping is not measured.
 
 mod mapping;
 
@@ -83,9 +84,9 @@ fn requests(plan: &Plan, mapping: &Mapping, files: &[File]) -> Result<(), String
             } else {
                 opcode::Read::new(fd, memory, len).offset(host).build()
             };
-            // SAFETY: the slot's buffer has `len` bytes and is neither touched nor moved until the slot is free again,
-            // which is when its completion was seen; this loop ends only when every slot is, and a panic ends the process
-            // (Cargo.toml). The file outlives it.
+            // SAFETY: the slot's buffer has `len` bytes and is neither touched nor moved until the
+            // slot is free again, which is when its completion was seen; this loop ends only when
+            // every slot is, and a panic ends the process (Cargo.toml). The file outlives it.
             let pushed = unsafe { ring.submission().push(&entry.user_data(slot as u64)) };
             pushed.expect("the ring has an entry for each slot");
             in_flight += 1;

@@ -1,7 +1,8 @@
 //! The whole mapping of an image and of those that it stands on, read once.
 //!
-//! Each entry is the host offset of a guest cluster; its lowest byte, free because host clusters are aligned to at least
-//! 512 bytes, tells which file of the chain it lies in. What none of them has is zero.
+//! Each entry is the host offset of a guest cluster; its lowest byte, free because host clusters
+//! are aligned to at least 512 bytes, tells which file of the chain it lies in. What none of them
+//! has is zero.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -12,7 +13,8 @@ use std::path::{Path, PathBuf};
 
 /// qcow2 specification, "Header".
 const MAGIC: u32 = 0x5146_49fb;
-/// qcow2 specification, "L1 table entry" and "Standard Cluster Descriptor": bits 9 to 55 are the offset.
+/// qcow2 specification, "L1 table entry" and "Standard Cluster Descriptor": bits 9 to 55 are the
+/// offset.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bit 62, and bit 0: compressed, and reads as zeros. The images that are measured have neither.
 const ODD: u64 = 1 << 62 | 1;
@@ -31,7 +33,8 @@ impl Mapping {
     /// Reads the header and all tables of `path` and of its backing files.
     ///
     /// # Errors
-    /// Not qcow2, cut short, layers of different shape, or a cluster that is compressed or all zeros.
+    /// Not qcow2, cut short, layers of different shape, or a cluster that is compressed or all
+    /// zeros.
     pub fn load(path: &Path) -> Result<Mapping, String> {
         let mut mapping: Option<Mapping> = None;
         let mut next = Some(path.to_path_buf());

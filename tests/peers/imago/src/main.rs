@@ -1,8 +1,9 @@
-//! imago's asynchronous face: `--threads` threads, each with a runtime of its own; the requests in flight are tasks spread
-//! over them, and share one image.
+//! imago's asynchronous face: `--threads` threads, each with a runtime of its own; the requests in
+//! flight are tasks spread over them, and share one image.
 //!
-//! The crate's file storage calls the kernel and waits inside its futures, so one thread has one request at a time in the
-//! kernel whatever `-d` says; with as many threads as requests in flight it has them all.
+//! The crate's file storage calls the kernel and waits inside its futures, so one thread has one
+//! request at a time in the kernel whatever `-d` says; with as many threads as requests in flight
+//! it has them all.
 
 use std::fmt::Debug;
 use std::process::ExitCode;
