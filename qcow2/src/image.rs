@@ -202,7 +202,7 @@ const _: () = {
 
 impl Qcow2 {
     /// Opens the image in `file`, whose header was read. A backing file comes by
-    /// [`Driver::attach`].
+    /// [`attach`](coblock_block::Driver::attach).
     ///
     /// Suspends. With `read_only` nothing is ever written.
     ///
