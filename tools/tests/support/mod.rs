@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod extents;
+pub mod images;
 pub mod io;
 
 use std::fmt;
