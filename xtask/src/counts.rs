@@ -2,7 +2,8 @@
 //! ones.
 //!
 //! A *body* is a bench program that does exactly N operations when called with N as its last word
-//! (the benches of `coroutine` do with `once ROW SUBJECT N`). It runs twice, with two numbers; the
+//! (`once ROW SUBJECT N` for the benches of `coroutine`,
+//! `once ROW N` for `benches/request.rs`). It runs twice, with two numbers; the
 //! difference of the two counts, divided by the difference of the numbers, is the count of one
 //! operation: start-up and warming up cancel out. A body must not use io_uring or threads, whose
 //! instructions are not its own. To add one: a line in [`BODIES`], then `--record`.
@@ -47,6 +48,16 @@ const fn coroutine(name: &'static str, args: &'static [&'static str]) -> Body {
     }
 }
 
+const fn request(name: &'static str, args: &'static [&'static str]) -> Body {
+    Body {
+        name,
+        package: "coblock",
+        bench: "request",
+        args,
+        n: [1_000, 6_000],
+    }
+}
+
 const BODIES: &[Body] = &[
     coroutine("coroutine: yield + resume", &["once", "yield", "coblock"]),
     coroutine(
@@ -76,6 +87,17 @@ const BODIES: &[Body] = &[
     coroutine(
         "coroutine: nesting, per level",
         &["once", "nesting", "coblock"],
+    ),
+    request("request: read of null", &["once", "null-read"]),
+    request("request: read of sim", &["once", "sim-read"]),
+    request("request: overwrite of sim", &["once", "sim-write"]),
+    request(
+        "request: cached read of qcow2 on sim",
+        &["once", "qcow2-read"],
+    ),
+    request(
+        "request: overwrite of qcow2 on sim",
+        &["once", "qcow2-write"],
     ),
 ];
 
