@@ -1,8 +1,7 @@
 //! Promise: a cached read of a qcow2 image, and an overwrite, allocate nothing on the heap. A
 //! program of its own, since it counts every allocation of its thread.
 
-#[path = "support/mod.rs"]
-mod support;
+use coblock_reliability as support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -12,8 +11,8 @@ use coblock::aio::{AlignedBuf, EngineKind};
 use coblock::block::{LikeReference, RequestFlags};
 
 use support::image;
-use support::script::Params;
 use support::session::{self, Session};
+use support::swarm::Params;
 
 thread_local! {
     /// Allocations of this thread; constant and without a destructor, so that reading it allocates
@@ -108,7 +107,8 @@ fn cached_requests_allocate_nothing() {
     for direct in [false, true] {
         let path = folder.path().join("disk.qcow2");
         let session = Session::new(EngineKind::IoUring);
-        std::fs::write(&path, image::empty(&params(), None)).expect("a file in our folder");
+        std::fs::write(&path, image::empty(&params().setting(), None))
+            .expect("a file in our folder");
         let disk = session
             .open(
                 session::image("qcow2", &path, direct),

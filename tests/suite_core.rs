@@ -1,13 +1,14 @@
 //! The core of the suite as a program, so that it can be built with `panic = "abort"`: no normal
 //! path may need unwinding. `.ci/run` runs it as `cargo run --profile abort --example suite-core`.
 
-#[path = "support/mod.rs"]
-mod support;
+use coblock_reliability as support;
 
 use std::time::Instant;
 
-use support::script::Params;
-use support::{files, sim};
+use support::files;
+use support::judge::Judge;
+use support::play::play;
+use support::swarm::Params;
 
 fn main() {
     coblock::coroutine::install_overflow_handler();
@@ -17,7 +18,10 @@ fn main() {
     }
     step("simulated scripts", || {
         for seed in 3000..3030 {
-            sim::run(&Params::draw(seed));
+            let judge = Judge::default();
+            let judged = judge.after_all(&mut play(&Params::draw(seed).script()));
+            judged.unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+            judge.end();
         }
     });
     step("files, every engine, buffered and direct", || {

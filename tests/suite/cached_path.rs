@@ -6,8 +6,8 @@ use coblock::block::drivers::sim::SimDisk;
 use coblock::block::{DenyAll, RequestFlags};
 
 use crate::support::model::History;
-use crate::support::script::Params;
-use crate::support::{image, load, sim};
+use crate::support::swarm::Params;
+use crate::support::{image, load, play, sim};
 
 /// A whole script of reads and overwrites on a written image never touches the metadata mutex; the
 /// first write to a new cluster does, so the counter counts.
@@ -21,7 +21,7 @@ fn cached_requests_take_no_lock() {
             ..Params::draw(seed)
         };
         let session = sim::session();
-        let disk = SimDisk::with_contents(&image::empty(&params, None));
+        let disk = SimDisk::with_contents(&image::empty(&params.setting(), None));
         disk.delay(seed, std::time::Duration::from_micros(100));
         // Room for all tables of this small image, and to spare.
         let options = sim::image(&disk).with("l2-cache-size", "16M");
@@ -38,13 +38,13 @@ fn cached_requests_take_no_lock() {
             }
             backend.flush(co).expect("flush");
         });
-        let filled = sim::stats(&backend);
+        let filled = play::stats(&backend);
         assert!(
             filled.metadata_locks > 0,
             "seed {seed}: allocating took no lock, so nothing is counted"
         );
-        load::run(&session.home, &backend, &params, history, || 0);
-        let loaded = sim::stats(&backend);
+        load::run(&session.home, &backend, &params.script(), history);
+        let loaded = play::stats(&backend);
         assert_eq!(
             loaded.metadata_locks, filled.metadata_locks,
             "seed {seed}: locks taken"

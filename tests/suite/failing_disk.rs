@@ -8,9 +8,9 @@ use std::time::Duration;
 use coblock::block::DenyAll;
 use coblock::block::drivers::sim::{Counts, Fault, Match, SimDisk};
 
-use crate::support::load::OnError;
+use crate::support::load::{Load, OnError};
 use crate::support::model::History;
-use crate::support::script::Params;
+use crate::support::swarm::Params;
 use crate::support::{image, load, sim, soundness};
 
 fn params() -> Params {
@@ -47,7 +47,7 @@ enum Told {
 /// the disk saw after the image was opened.
 fn run(params: &Params, fault: Option<(Fault, Told)>, story: &str) -> Counts {
     let session = sim::session();
-    let disk = SimDisk::with_contents(&image::empty(params, None));
+    let disk = SimDisk::with_contents(&image::empty(&params.setting(), None));
     disk.delay(params.seed, Duration::from_micros(200));
     let backend = session
         .open(sim::image_with_smallest_caches(&disk), &DenyAll)
@@ -61,14 +61,9 @@ fn run(params: &Params, fault: Option<(Fault, Told)>, story: &str) -> Counts {
         }
     };
     let history = History::new(params.size, params.unit, params.seed);
-    let loaded = load::run_with(
-        &session.home,
-        &backend,
-        params,
-        history,
-        || 0,
-        OnError::Count,
-    );
+    let load = Load::new(&backend, &params.script(), history).on_error(OnError::Count);
+    let mut loaded = load::run_load(&session.home, load);
+    loaded.backend = None;
     let closed = session.home.run(|co| backend.close(co));
     drop(backend);
     let counts = disk.counts();

@@ -1,7 +1,6 @@
 //! The suite: one file a promise, one binary for all. `docs/testing.md` says how they work.
 
-#[path = "../support/mod.rs"]
-mod support;
+use coblock_reliability as support;
 
 mod cached_path;
 mod complete;

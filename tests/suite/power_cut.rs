@@ -11,11 +11,12 @@ use coblock::block::drivers::sim::SimDisk;
 use coblock::block::{BlockBackend, Explicit, Options, RequestFlags};
 use coblock::qcow2::header::Incompatible;
 
+use crate::support::load::Load;
 use crate::support::model::{History, assert_same, stamp};
 use crate::support::rng::Rng;
-use crate::support::script::Params;
 use crate::support::session::Session;
-use crate::support::{crash, image, load, peer, sim, soundness};
+use crate::support::swarm::Params;
+use crate::support::{crash, image, load, peer, play, sim, soundness};
 
 /// Every so many states one is written to, and judged by the reference.
 const SAMPLE: u64 = 401;
@@ -101,11 +102,13 @@ impl Workload {
             folder: tempfile::tempdir().expect("a folder"),
             kept: None,
         };
-        let mut disk =
-            SimDisk::with_contents(&image::empty(&self.params, self.backing.then_some(BACKING)));
+        let mut disk = SimDisk::with_contents(&image::empty(
+            &self.params.setting(),
+            self.backing.then_some(BACKING),
+        ));
         if let Some(before) = &self.before {
             let backend = bench.open(sim::image(&disk));
-            history = load::run(&bench.session.home, &backend, before, history, || 0).history;
+            history = load::run(&bench.session.home, &backend, &before.script(), history).history;
             bench.session.home.run(|co| {
                 let began = history.begin_flush();
                 backend.flush(co).expect("flush");
@@ -127,14 +130,10 @@ impl Workload {
         let options = sim::image_with_smallest_caches(&disk).with("request-mode", mode);
         let backend = bench.open(options);
         let sent = disk.clone();
-        let loaded = load::run(
-            &bench.session.home,
-            &backend,
-            &self.params,
-            history,
-            move || sent.log_len(),
-        );
-        let stats = sim::stats(&backend);
+        let load = Load::new(&backend, &self.params.script(), history).log(move || sent.log_len());
+        let mut loaded = load::run_load(&bench.session.home, load);
+        loaded.backend = None;
+        let stats = play::stats(&backend);
         bench.session.close(backend);
 
         let log = disk.log();

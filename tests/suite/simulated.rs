@@ -4,9 +4,10 @@
 
 use std::collections::BTreeSet;
 
+use crate::support::judge::Judge;
 use crate::support::peer;
-use crate::support::script::Params;
-use crate::support::sim;
+use crate::support::play::{Played, play};
+use crate::support::swarm::Params;
 
 /// How many seeds: 60, or as many as `COBLOCK_TEST_SEEDS` says, for a long run.
 fn seeds() -> u64 {
@@ -14,6 +15,16 @@ fn seeds() -> u64 {
         Ok(text) => text.parse().expect("COBLOCK_TEST_SEEDS is a number"),
         Err(_) => 60,
     }
+}
+
+/// One run of the swarm, judged: every read as it returns, and the whole disk after a reopen.
+fn run(params: &Params) -> Played {
+    let mut played = play(&params.script());
+    let judge = Judge::default();
+    let judged = judge.after_all(&mut played);
+    judged.unwrap_or_else(|e| panic!("seed {}: {e}", params.seed));
+    judge.end();
+    played
 }
 
 /// The swarm: 9.1 to 9.4 under random overlapping reads, writes and flushes. Each run must have
@@ -24,7 +35,7 @@ fn random_scripts_obey_the_model() {
     let (mut geometries, mut modes) = (BTreeSet::new(), BTreeSet::new());
     for seed in 0..seeds() {
         let params = Params::draw(seed);
-        let seen = sim::run(&params);
+        let seen = run(&params);
         assert!(seen.peak >= 32, "seed {seed}: {} in flight", seen.peak);
         assert!(
             seen.stats.l2_evictions > 0,
@@ -55,8 +66,10 @@ fn random_scripts_obey_the_model() {
 fn a_seed_gives_the_same_run_twice() {
     for seed in 1000..1006 {
         let params = Params::draw(seed);
-        let (first, second) = (sim::run(&params), sim::run(&params));
-        assert!(first == second, "seed {seed}: two runs differ");
+        let (first, second) = (run(&params), run(&params));
+        let what = |played: &Played| (played.now_ns, played.peak, played.stats);
+        assert_eq!(what(&first), what(&second), "seed {seed}: two runs differ");
+        assert!(first.log == second.log, "seed {seed}: two logs differ");
     }
 }
 
@@ -70,7 +83,8 @@ fn the_reference_finds_them_sound() {
     let path = folder.path().join("swarm.qcow2");
     for seed in 2000..2012 {
         let params = Params::draw(seed);
-        std::fs::write(&path, sim::run(&params).contents).expect("a file in our folder");
+        let contents = run(&params).stage.disk.contents();
+        std::fs::write(&path, contents).expect("a file in our folder");
         assert_eq!(peer::check(&path), peer::Check::default(), "{params:?}");
     }
 }

@@ -8,8 +8,8 @@ use coblock::aio::EngineKind;
 use coblock::block::{LikeReference, RequestFlags};
 
 use crate::support::model::{History, assert_same, stamp};
-use crate::support::script::Params;
 use crate::support::session::{self, Session};
+use crate::support::swarm::Params;
 use crate::support::{files, peer};
 
 /// One kind of image.

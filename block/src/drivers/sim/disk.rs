@@ -205,6 +205,11 @@ impl SimDisk {
         self.state.lock().most_in_flight
     }
 
+    /// How many requests are in it now.
+    pub fn in_flight(&self) -> usize {
+        self.state.lock().in_flight
+    }
+
     /// How many entries the log has.
     pub fn log_len(&self) -> usize {
         self.state.lock().log.len()

@@ -8,21 +8,21 @@
 //!           3.. L1 table
 //! ```
 
-use super::script::Params;
+use super::script::Setting;
 
-/// The bytes of an empty image with the geometry of `params`; with a name, over a raw backing file.
-pub fn empty(params: &Params, backing: Option<&str>) -> Vec<u8> {
-    let cluster = 1usize << params.cluster_bits;
-    let bits = 1usize << params.refcount_order;
+/// The bytes of an empty image with the geometry of `setting`; with a name, over a raw backing file.
+pub fn empty(setting: &Setting, backing: Option<&str>) -> Vec<u8> {
+    let cluster = 1usize << setting.cluster_bits;
+    let bits = 1usize << setting.refcount_order;
     // qcow2 specification, "Refcount table": an L2 table has cluster_size / 8 entries, each for one
     // cluster.
     let l2_covers = (cluster * cluster / 8) as u64;
-    let l1_entries = usize::try_from(params.size.div_ceil(l2_covers)).expect("a small disk");
+    let l1_entries = usize::try_from(setting.size.div_ceil(l2_covers)).expect("a small disk");
     let l1_clusters = (l1_entries * 8).div_ceil(cluster);
     let used = 3 + l1_clusters;
     assert!(
         used <= cluster * 8 / bits,
-        "one refcount block is enough for the start: {params:?}"
+        "one refcount block is enough for the start: {setting:?}"
     );
 
     let mut bytes = vec![0; used * cluster];
@@ -34,22 +34,22 @@ pub fn empty(params: &Params, backing: Option<&str>) -> Vec<u8> {
         bytes[at..at + 8].copy_from_slice(&value.to_be_bytes())
     };
     bytes[..4].copy_from_slice(b"QFI\xfb");
-    put32(&mut bytes, 4, usize::from(params.version));
-    put32(&mut bytes, 20, params.cluster_bits as usize);
-    put64(&mut bytes, 24, params.size);
+    put32(&mut bytes, 4, usize::from(setting.version));
+    put32(&mut bytes, 20, setting.cluster_bits as usize);
+    put64(&mut bytes, 24, setting.size);
     put32(&mut bytes, 36, l1_entries);
     put64(&mut bytes, 40, 3 * cluster as u64);
     put64(&mut bytes, 48, cluster as u64);
     put32(&mut bytes, 56, 1);
     let mut end = 72;
-    if params.version == 3 {
-        put32(&mut bytes, 84, usize::from(params.lazy));
-        put32(&mut bytes, 96, params.refcount_order as usize);
+    if setting.version == 3 {
+        put32(&mut bytes, 84, usize::from(setting.lazy));
+        put32(&mut bytes, 96, setting.refcount_order as usize);
         put32(&mut bytes, 100, 104);
         end = 104;
     } else {
-        assert_eq!(params.refcount_order, 4, "version 2 has counts of 16 bits");
-        assert!(!params.lazy, "version 2 has no dirty bit");
+        assert_eq!(setting.refcount_order, 4, "version 2 has counts of 16 bits");
+        assert!(!setting.lazy, "version 2 has no dirty bit");
     }
     if let Some(name) = backing {
         // Header extension "backing file format name", then the end of the extensions, then the
@@ -81,8 +81,8 @@ fn set_refcount(block: &mut [u8], index: usize, bits: usize) {
 
 #[cfg(test)]
 mod tests {
-    use crate::support::peer;
-    use crate::support::script::Params;
+    use crate::peer;
+    use crate::swarm::Params;
 
     /// The reference finds our empty images sound, in every geometry that the swarm draws.
     #[test]
@@ -94,11 +94,11 @@ mod tests {
         let path = folder.path().join("empty.qcow2");
         std::fs::write(folder.path().join("base.raw"), [1; 512]).expect("a file in our folder");
         for seed in 0..40 {
-            let params = Params::draw(seed);
+            let setting = Params::draw(seed).setting();
             for backing in [None, Some("base.raw")] {
-                std::fs::write(&path, super::empty(&params, backing))
+                std::fs::write(&path, super::empty(&setting, backing))
                     .expect("a file in our folder");
-                assert_eq!(peer::check(&path), peer::Check::default(), "{params:?}");
+                assert_eq!(peer::check(&path), peer::Check::default(), "{setting:?}");
             }
             let info = peer::qemu_img(&["info", "-U", path.to_str().expect("text")]);
             assert!(info.contains("backing file format: raw"), "{info}");

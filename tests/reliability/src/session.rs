@@ -49,6 +49,13 @@ fn has_io_uring() -> bool {
     }
 }
 
+/// The drivers that a program has.
+pub fn registry() -> DriverRegistry {
+    let mut registry = DriverRegistry::with_builtin();
+    registry.register("qcow2", Box::new(coblock::qcow2::OpenQcow2));
+    registry
+}
+
 /// What one test needs to open images.
 pub struct Session {
     pub home: Home,
@@ -70,12 +77,10 @@ impl Session {
     pub fn with(options: ContextOptions) -> Self {
         let home = Home::new(options).expect("a context");
         let graph = Graph::new(home.context());
-        let mut registry = DriverRegistry::with_builtin();
-        registry.register("qcow2", Box::new(coblock::qcow2::OpenQcow2));
         Session {
             home,
             graph,
-            registry,
+            registry: registry(),
         }
     }
 

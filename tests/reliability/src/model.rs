@@ -147,6 +147,19 @@ pub struct Violation {
     pub mixture: String,
 }
 
+impl Violation {
+    /// The same with what a mixture consists of; `bytes` are the whole disk.
+    pub fn explain(mut self, history: &History, bytes: &[u8]) -> String {
+        if self.found == Content::Foreign {
+            let unit = usize::try_from(self.offset).expect("a small disk");
+            let piece = &bytes[unit..unit + history.unit];
+            let ids = &history.units[unit / history.unit];
+            self.mixture = history.mixture(piece, self.offset, ids);
+        }
+        self.to_string()
+    }
+}
+
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -266,7 +279,32 @@ impl History {
     ) -> Result<(), Violation> {
         let before = |w: &Write| w.ended.is_some_and(|e| e < token.began);
         let racing = |w: &Write| self.racing_reads && w.ended.is_none_or(|e| e > token.began);
-        self.compare(offset, buf, usize::MAX, before, racing)
+        let units = self.decode(offset, buf);
+        self.compare(offset, &units, usize::MAX, before, racing)
+            .map_err(|mut violation| {
+                if violation.found == Content::Foreign {
+                    let at = usize::try_from(violation.offset - offset).expect("in the buffer");
+                    let piece = &buf[at..at + self.unit];
+                    let ids = &self.units[self.range(violation.offset, self.unit).start];
+                    violation.mixture = self.mixture(piece, violation.offset, ids);
+                }
+                violation
+            })
+    }
+
+    /// What every unit of `buf` holds, which begins at `offset`.
+    fn decode(&self, offset: u64, buf: &[u8]) -> Vec<Content> {
+        let limit = self.writes.len() as WriteId;
+        (offset..)
+            .step_by(self.unit)
+            .zip(buf.chunks_exact(self.unit))
+            .map(|(at, piece)| content(piece, at, self.salt, limit))
+            .collect()
+    }
+
+    /// What every unit of a whole disk holds.
+    pub fn contents(&self, disk: &[u8]) -> Vec<Content> {
+        self.decode(0, disk)
     }
 
     /// A flush begins: returns the time to hand to [`History::end_flush`].
@@ -282,9 +320,18 @@ impl History {
         });
     }
 
-    /// The power went after `log` entries of the file's log; `buf` is what a reader finds at
-    /// `offset` afterwards.
+    /// The power went after `log` entries of the file's log; `units` is what a reader finds on the
+    /// whole disk afterwards.
+    pub fn units_after_power_cut(&self, log: usize, units: &[Content]) -> Result<(), Violation> {
+        self.cut(log, 0, units)
+    }
+
+    /// The same for the bytes at `offset`.
     pub fn after_power_cut(&self, log: usize, offset: u64, buf: &[u8]) -> Result<(), Violation> {
+        self.cut(log, offset, &self.decode(offset, buf))
+    }
+
+    fn cut(&self, log: usize, offset: u64, units: &[Content]) -> Result<(), Violation> {
         let durable = self
             .flushes
             .iter()
@@ -292,7 +339,7 @@ impl History {
             .map(|f| f.began)
             .max();
         let before = |w: &Write| w.ended.is_some_and(|e| Some(e) < durable || e == 0);
-        self.compare(offset, buf, log, before, |_| false)
+        self.compare(offset, units, log, before, |_| false)
     }
 
     /// Which bytes of a unit come from which write, for a message.
@@ -330,22 +377,19 @@ impl History {
         }
     }
 
-    /// Compares `buf` with what is allowed if exactly the writes with `settled` are over and done,
+    /// Compares `units` with what is allowed if exactly the writes with `settled` are over and done,
     /// and those with `racing` went on meanwhile.
     fn compare(
         &self,
         offset: u64,
-        buf: &[u8],
+        units: &[Content],
         log: usize,
         settled: impl Fn(&Write) -> bool,
         racing: impl Fn(&Write) -> bool,
     ) -> Result<(), Violation> {
-        for (unit, piece) in self
-            .range(offset, buf.len())
-            .zip(buf.chunks_exact(self.unit))
-        {
+        let range = self.range(offset, units.len() * self.unit);
+        for (unit, &found) in range.zip(units) {
             let at = (unit * self.unit) as u64;
-            let found = content(piece, at, self.salt, self.writes.len() as WriteId);
             let ids = &self.units[unit];
             // A write is outdated when another one began after its end and is settled.
             let newest = ids
@@ -368,12 +412,8 @@ impl History {
             };
             if !fine {
                 let allowed = ids.iter().copied().filter(|id| allowed(*id)).collect();
-                let mixture = match found {
-                    Content::Foreign => self.mixture(piece, at, ids),
-                    _ => String::new(),
-                };
                 return Err(Violation {
-                    mixture,
+                    mixture: String::new(),
                     offset: at,
                     found,
                     allowed,

@@ -1,34 +1,11 @@
-//! Random scripts: overlapping reads, writes and flushes, and the parameters of a run, all from one
-//! seed.
+//! The swarm: what one seed draws of everything: image, caches, queue depth, kinds of requests.
 //!
-//! *Swarm*: each seed also draws which kinds of requests there are and how large the image's parts,
-//! so that one run is nearly all tiny writes on 512-byte clusters, and the next one long reads with
-//! no flush at all. A mean of everything in every run would never fill one queue.
+//! Each seed also draws which kinds of requests there are and how large the image's parts, so that
+//! one run is nearly all tiny writes on 512-byte clusters, and the next one long reads with no flush
+//! at all. A mean of everything in every run would never fill one queue.
 
 use super::rng::Rng;
-
-/// One request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Op {
-    /// Read `len` bytes at `offset`.
-    Read { offset: u64, len: usize },
-    /// Write `len` bytes at `offset`, stamped by the model.
-    Write { offset: u64, len: usize },
-    /// Make `len` bytes at `offset` zeros; with `unmap` the storage may go.
-    Zero {
-        offset: u64,
-        len: usize,
-        unmap: bool,
-    },
-    /// Give back the storage of `len` bytes at `offset`.
-    Discard { offset: u64, len: usize },
-    /// Copy `len` bytes, stamped by the model, from another disk to `offset`.
-    Copy { offset: u64, len: usize },
-    /// Make the disk `len` bytes long, if it is shorter.
-    Grow { len: u64 },
-    /// Make everything that has ended durable.
-    Flush,
-}
+use super::script::{Op, Script, Setting};
 
 /// What a seed decided about its run.
 #[derive(Clone, Debug)]
@@ -125,8 +102,34 @@ impl Params {
         }
     }
 
-    /// The requests of this run, in the order in which they are sent.
-    pub fn script(&self) -> Vec<Op> {
+    /// What this says of the image and of how it is opened.
+    pub fn setting(&self) -> Setting {
+        Setting {
+            seed: self.seed,
+            version: self.version,
+            cluster_bits: self.cluster_bits,
+            refcount_order: self.refcount_order,
+            size: self.size,
+            backing: 0,
+            lazy: self.lazy,
+            serial: self.serial,
+            small_caches: true,
+            queues: 1,
+            unit: self.unit,
+            in_flight: self.in_flight,
+            delay_us: 200,
+        }
+    }
+
+    /// The run: its setting, and the requests in the order in which they are sent.
+    pub fn script(&self) -> Script {
+        Script {
+            setting: self.setting(),
+            ops: self.ops(),
+        }
+    }
+
+    fn ops(&self) -> Vec<Op> {
         let mut rng = Rng::new(self.seed ^ 0x5c21_9700);
         let mut script: Vec<Op> = (0..self.requests).map(|_| self.op(&mut rng)).collect();
         let piece = 128 << 10;
@@ -205,23 +208,11 @@ mod tests {
     #[test]
     fn scripts_are_legal_and_repeat() {
         for seed in 0..300 {
-            let params = Params::draw(seed);
-            let script = params.script();
+            let script = Params::draw(seed).script();
             assert_eq!(script, Params::draw(seed).script());
-            for op in script {
-                if let Op::Read { offset, len }
-                | Op::Write { offset, len }
-                | Op::Copy { offset, len }
-                | Op::Zero { offset, len, .. }
-                | Op::Discard { offset, len } = op
-                {
-                    assert!(
-                        len > 0 && offset + len as u64 <= params.size,
-                        "seed {seed}: {op:?}"
-                    );
-                    assert_eq!((offset % params.unit as u64, len % params.unit), (0, 0));
-                }
-            }
+            script
+                .judge()
+                .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         }
     }
 }

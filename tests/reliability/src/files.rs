@@ -8,8 +8,8 @@ use coblock::block::LikeReference;
 use coblock::block::drivers::sim::SimDisk;
 
 use super::model::History;
-use super::script::Params;
 use super::session::{self, Session};
+use super::swarm::Params;
 use super::{image, load, sim, soundness};
 
 /// Loads the image at `path` with the script of `params`, reopens it with nothing shared, and
@@ -28,7 +28,7 @@ pub fn load_and_judge(
         .open(session::image("qcow2", path, direct), &gate)
         .unwrap_or_else(|e| panic!("{name}: {e}"));
     history.allow_racing_reads();
-    let mut loaded = load::run(&session.home, &disk, params, history, || 0);
+    let mut loaded = load::run(&session.home, &disk, &params.script(), history);
     assert!(
         loaded.peak >= 32,
         "{name}: only {} requests were in flight at once",
@@ -66,7 +66,8 @@ pub fn load_all_ways(seeds: std::ops::Range<u64>) {
         };
         for engine in session::engines() {
             for direct in [false, true] {
-                std::fs::write(&path, image::empty(&params, None)).expect("a file in our folder");
+                std::fs::write(&path, image::empty(&params.setting(), None))
+                    .expect("a file in our folder");
                 let name = format!("seed {seed} {engine:?} direct {direct}");
                 let history = History::new(params.size, params.unit, seed);
                 load_and_judge(&path, &name, &params, history, engine, direct);

@@ -1,0 +1,45 @@
+//! The reliability machine: scripts, a model of what a disk may hold, and the parts that run the one
+//! against the other. `docs/testing.md` says how they fit together.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`parts`], [`run`] | what the program runs, and how it prints figures and writes them down |
+//! | [`part`], [`parallel`] | a part and its figures; work items on all cores |
+//! | [`play`] | a script on a simulated disk, from the empty image to the closed one |
+//! | [`judge`] | the oracles |
+//! | [`files`] | a script on real files |
+//! | [`load`] | sends a script's requests, many at once, and asks the model about each |
+//! | [`script`] | the language: settings and operations, as values and as text |
+//! | [`swarm`] | scripts that a seed draws |
+//! | [`model`] | what a byte of the disk may read as, now and after a power cut |
+//! | [`crash`] | the states that a power cut may leave |
+//! | [`sim`], [`session`] | contexts in virtual and in real time |
+//! | [`image`], [`soundness`], [`peer`] | empty images; our check; the reference's tools |
+//! | [`rng`] | numbers that depend on a seed only |
+//!
+//! Everything here is deterministic: no wall clock, no addresses, no hasher with a random key, no
+//! thread's identity decides anything.
+#![allow(missing_docs, reason = "not published; fields whose names say it")]
+#![allow(
+    clippy::should_implement_trait,
+    reason = "`next` of a generator of numbers, which has no end"
+)]
+
+pub mod crash;
+pub mod files;
+pub mod image;
+pub mod judge;
+pub mod load;
+pub mod model;
+pub mod parallel;
+pub mod part;
+pub mod parts;
+pub mod peer;
+pub mod play;
+pub mod rng;
+pub mod run;
+pub mod script;
+pub mod session;
+pub mod sim;
+pub mod soundness;
+pub mod swarm;

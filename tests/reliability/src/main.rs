@@ -1,0 +1,88 @@
+//! The program of the machine; `cargo xtask reliability` and `cargo xtask sim` run it.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use coblock_reliability::part::{Plan, Scale};
+use coblock_reliability::{parts, run};
+
+const USAGE: &str = "\
+Usage: cargo xtask reliability [OPTIONS]
+
+Runs every part of the reliability machine and prints what each shows.
+
+  --tenth             a tenth of what CI runs
+  --ci                what CI runs; the default
+  --release-figures   what is run before a release
+  --part NAME         only this part; may be given several times
+  --jobs N            threads (default: one for each core)
+  --json FILE         where the figures go (default: nowhere)
+  --docs FILE         where the page with the figures goes (default: nowhere)
+";
+
+fn main() -> ExitCode {
+    coblock::coroutine::install_overflow_handler();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match words.first().map(String::as_str) {
+        Some("run") => reliability(&words[1..]),
+        _ => Err(USAGE.to_string()),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(why) => {
+            eprintln!("{why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs parts; true if nothing failed.
+fn reliability(words: &[String]) -> Result<bool, String> {
+    let mut plan = Plan {
+        scale: Scale::Ci,
+        jobs: std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    let (mut names, mut json, mut docs) = (Vec::new(), None, None);
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let mut value = || {
+            words
+                .next()
+                .ok_or(format!("{word} needs a value\n\n{USAGE}"))
+        };
+        match word.as_str() {
+            "--tenth" => plan.scale = Scale::Tenth,
+            "--ci" => plan.scale = Scale::Ci,
+            "--release-figures" => plan.scale = Scale::Release,
+            "--part" => names.push(value()?.clone()),
+            "--jobs" => plan.jobs = value()?.parse().map_err(|e| format!("--jobs: {e}"))?,
+            "--json" => json = Some(PathBuf::from(value()?)),
+            "--docs" => docs = Some(PathBuf::from(value()?)),
+            "--help" => {
+                print!("{USAGE}");
+                return Ok(true);
+            }
+            other => return Err(format!("unknown option '{other}'\n\n{USAGE}")),
+        }
+    }
+    let known = |name: &String| parts::ALL.iter().any(|part| part.name == name);
+    if let Some(name) = names.iter().find(|name| !known(name)) {
+        let all: Vec<&str> = parts::ALL.iter().map(|part| part.name).collect();
+        return Err(format!("no part '{name}'; there are {}", all.join(", ")));
+    }
+    let chosen: Vec<_> = parts::ALL
+        .iter()
+        .filter(|part| names.is_empty() || names.iter().any(|name| name == part.name))
+        .copied()
+        .collect();
+    let done = run::run(&chosen, &plan);
+    println!("{}", run::summary(&done));
+    if let Some(path) = json {
+        run::write(&path, &run::to_json(&done))?;
+    }
+    if let Some(path) = docs {
+        run::write(&path, &run::to_markdown(&done, plan.scale))?;
+    }
+    Ok(run::failures(&done) == 0)
+}

@@ -1,0 +1,193 @@
+//! A script on a simulated disk, from the empty image to the closed one.
+//!
+//! ```text
+//!   Stage    the disk, the backing file, the options         what a script's setting says
+//!   play     open, send all requests, close                  with what the caller wants to watch or break
+//!   Played   the disk's log, the history, what was counted   for the oracles
+//! ```
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use coblock::block::drivers::sim::{LogEntry, SimDisk};
+use coblock::block::{self, BlockBackend, Explicit, Options};
+use coblock::coroutine::Co;
+use coblock::qcow2::{Qcow2, Qcow2Stats};
+
+use super::image;
+use super::load::{Load, Loaded};
+use super::model::{History, stamp};
+use super::script::{Script, Setting};
+use super::sim::{self, Simulation};
+
+/// Name of the backing file, as the image has it.
+pub const BACKING: &str = "base.raw";
+
+/// One image on a simulated disk, and what lies below it.
+#[derive(Clone)]
+pub struct Stage {
+    pub setting: Setting,
+    pub disk: Arc<SimDisk>,
+    /// The backing file; empty where there is none.
+    pub base: Arc<SimDisk>,
+}
+
+impl Stage {
+    /// The empty image that `setting` describes; its disk answers at once.
+    pub fn new(setting: &Setting) -> Self {
+        let mut base = vec![0; usize::try_from(setting.backing).expect("a small disk")];
+        stamp(&mut base, 0, setting.unit, setting.seed, 0);
+        let backing = (setting.backing > 0).then_some(BACKING);
+        Stage {
+            setting: setting.clone(),
+            disk: SimDisk::with_contents(&image::empty(setting, backing)),
+            base: SimDisk::with_contents(&base),
+        }
+    }
+
+    /// What the disk may hold at first.
+    pub fn history(&self) -> History {
+        let Setting {
+            size,
+            unit,
+            seed,
+            backing,
+            ..
+        } = self.setting;
+        let mut history = History::new(size, unit, seed);
+        history.set_base(backing);
+        history
+    }
+
+    /// From now on the disk answers late and in any order, as the setting says.
+    pub fn delay(&self) {
+        let most = Duration::from_micros(self.setting.delay_us);
+        self.disk.delay(self.setting.seed, most);
+    }
+
+    /// How the setting opens the image.
+    pub fn options(&self) -> Options {
+        let options = if self.setting.small_caches {
+            sim::image_with_smallest_caches(&self.disk)
+        } else {
+            sim::image(&self.disk)
+        };
+        let mode = if self.setting.serial {
+            "serial"
+        } else {
+            "mutex"
+        };
+        options.with("request-mode", mode)
+    }
+
+    /// Lets an image have the backing file that it names.
+    pub fn gate(&self) -> Explicit {
+        let base = Options::new()
+            .with("driver", "raw")
+            .with("file.driver", "sim")
+            .with_object("file.disk", self.base.clone());
+        Explicit::new().allow(BACKING, base)
+    }
+
+    /// Opens it again and again.
+    pub fn opener(
+        &self,
+        sim: &Simulation,
+    ) -> impl Fn(&Co) -> block::Result<Arc<BlockBackend>> + 'static {
+        let (stage, graph, registry) = (self.clone(), sim.graph.clone(), sim.registry.clone());
+        move |co| {
+            let gate = stage.gate();
+            let node = block::open(co, &graph, &registry, &gate, stage.options())?;
+            Ok(Arc::new(BlockBackend::new(&graph, node)))
+        }
+    }
+}
+
+/// What came of a script.
+pub struct Played {
+    pub stage: Stage,
+    pub history: History,
+    /// What closing the image said.
+    pub closed: block::Result<()>,
+    /// Requests that failed, and that were sent.
+    pub errors: usize,
+    pub requests: usize,
+    /// Most requests in flight at once.
+    pub peak: usize,
+    /// What the driver counted since the image was opened last.
+    pub stats: Qcow2Stats,
+    /// Everything that the disk was sent, in order.
+    pub log: Vec<LogEntry>,
+    /// Virtual time that it took.
+    pub now_ns: u64,
+}
+
+/// Plays `script` on a fresh stage; nothing may fail.
+pub fn play(script: &Script) -> Played {
+    let played = play_with(script, |_, load| load);
+    if let Err(error) = &played.closed {
+        panic!("seed {}: close: {error}", script.setting.seed);
+    }
+    played
+}
+
+/// The same; `prepare` breaks the disk or tells the load what to watch, once the image is open.
+pub fn play_with(script: &Script, prepare: impl FnOnce(&Stage, Load) -> Load) -> Played {
+    let setting = &script.setting;
+    let stage = Stage::new(setting);
+    stage.delay();
+    let sim = Simulation::new(setting.seed, setting.queues);
+    let open = Rc::new(stage.opener(&sim));
+    let first = open.clone();
+    let backend = sim
+        .run(move |co| first(co))
+        .unwrap_or_else(|e| panic!("seed {}: open: {e}", setting.seed));
+    let disk = stage.disk.clone();
+    let load = Load::new(&backend, script, stage.history())
+        .log(move || disk.log_len())
+        .reopen(move |co| open(co));
+    drop(backend);
+    let load = prepare(&stage, load);
+    load.start(&sim.homes());
+    sim.run_until(|| load.is_done());
+    let Loaded {
+        backend,
+        errors,
+        requests,
+        history,
+        peak,
+    } = load.end();
+    let backend = backend.expect("the last one that was opened");
+    let stats = stats(&backend);
+    let closed = sim.run(move |co| backend.close(co));
+    let now_ns = sim.now_ns();
+    sim.end();
+    assert_eq!(stage.disk.in_flight(), 0, "requests that outlive their run");
+    Played {
+        log: stage.disk.log(),
+        stage,
+        history,
+        closed,
+        errors,
+        requests,
+        peak,
+        stats,
+        now_ns,
+    }
+}
+
+/// What the qcow2 driver of a disk counted.
+pub fn stats(backend: &BlockBackend) -> Qcow2Stats {
+    qcow2(backend).stats()
+}
+
+/// The qcow2 driver of a disk.
+pub fn qcow2(backend: &BlockBackend) -> &Qcow2 {
+    let driver = backend
+        .node()
+        .driver()
+        .as_any()
+        .expect("qcow2 shows itself");
+    driver.downcast_ref().expect("a qcow2 node")
+}
