@@ -217,7 +217,8 @@ impl OpenGate for Beneath {
         let fd = rustix::fs::openat2(
             &self.directory,
             wanted.name,
-            access | OFlags::CLOEXEC,
+            // A pipe would be waited for until somebody opens its other end.
+            access | OFlags::CLOEXEC | OFlags::NONBLOCK,
             Mode::empty(),
             ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS,
         )

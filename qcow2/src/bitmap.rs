@@ -16,6 +16,7 @@
     )
 )]
 
+use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::extension::BitmapsHeader;
 use crate::fields::{be8, be16, be32, be64, bytes};
@@ -196,19 +197,20 @@ impl BitmapTableEntry {
     }
 }
 
-/// Reads the bitmap directory, and looks at the tables of the bitmaps that can be trusted. May
-/// suspend.
+/// Reads the bitmap directory, in memory out of `budget`, and looks at the tables of the bitmaps
+/// that can be trusted. May suspend.
 ///
 /// # Errors
 /// An entry that [`Bitmap::decode`] refuses, entries that do not fill the directory, a table of
-/// another size than the disk needs or with a broken entry, tables too large to look at, or what
-/// reading returned.
+/// another size than the disk needs or with a broken entry, tables too large to look at, more
+/// memory than is left, or what reading returned.
 pub fn read(
     file: &ImageFile<'_>,
     header: &Header,
     extension: BitmapsHeader,
+    budget: &mut Budget,
 ) -> coblock_block::Result<Vec<Bitmap>> {
-    let bitmaps = read_directory(file, header, extension)?;
+    let bitmaps = read_directory(file, header, extension, budget)?;
     let bytes = bitmaps
         .iter()
         .map(Bitmap::table_len)
@@ -218,6 +220,7 @@ pub fn read(
             what: "bytes of all bitmap tables",
             need: bytes,
             have: spec::BITMAP_TABLES_LEN_MAX,
+            advice: "",
         }
         .into());
     }
@@ -252,6 +255,7 @@ fn read_directory(
     file: &ImageFile<'_>,
     header: &Header,
     extension: BitmapsHeader,
+    budget: &mut Budget,
 ) -> coblock_block::Result<Vec<Bitmap>> {
     let wrong = |index, what| Err(Error::Bitmap { index, what }.into());
     // Checked with the header: at most 64 MiB; and never more than the file holds.
@@ -273,6 +277,9 @@ fn read_directory(
             .get(..usize::try_from(need).unwrap_or(ENTRY_LEN_MAX))
             .unwrap_or(data);
         let (bitmap, entry_len) = Bitmap::decode(data, number, header.geometry)?;
+        // In a list with room for more.
+        let need = (2 * size_of::<Bitmap>()).saturating_add(bitmap.name.len());
+        budget.take("bytes of memory for the bitmap directory", need as u64)?;
         out.push(bitmap);
         at = at.saturating_add(entry_len as u64);
     }

@@ -141,6 +141,12 @@ impl SliceCache {
         }
     }
 
+    /// Bytes of memory that the places of `words` words of L2 tables take in the directory, for
+    /// clusters of this size.
+    pub fn directory_memory(cluster_size: u64, words: u64) -> u64 {
+        LazyWords::places(words * 8 / cluster_size.min(SLICE_BYTES_MAX))
+    }
+
     /// Bytes in a slice.
     pub fn slice_bytes(&self) -> u64 {
         self.words as u64 * 8

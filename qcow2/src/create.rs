@@ -263,6 +263,7 @@ fn resize(file: &ImageFile<'_>, len: u64) -> Result<()> {
                     what: "bytes of the device",
                     need: len,
                     have,
+                    advice: "",
                 }
                 .into());
             }

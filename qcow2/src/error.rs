@@ -320,14 +320,16 @@ pub enum Error {
         why: &'static str,
     },
     /// More than we are ready to give.
-    #[error("{what}: {need}, at most {have}")]
+    #[error("{what}: {need}, at most {have}{advice}")]
     LimitExceeded {
         /// What there would be too much of.
         what: &'static str,
         /// How much.
         need: u64,
-        /// Most of it.
+        /// Most of it, or what is left of it.
         have: u64,
+        /// How the message ends: what can be done about it, or nothing.
+        advice: &'static str,
     },
     /// A request that no file can serve.
     #[error("{len} bytes at offset {offset:#x} are past the greatest length of a file")]

@@ -145,6 +145,8 @@ pub struct Tuning {
     pub lazy_refcounts: bool,
     /// Which freed clusters give their space back.
     pub pass_discard: PassDiscard,
+    /// Bytes of memory that the image may ask for while new refcounts are made for a dirty one.
+    pub memory_limit: u64,
 }
 
 /// Which freed clusters give their space back to the file system.
@@ -224,7 +226,8 @@ impl Qcow2 {
         } else {
             header.ensure_writable()?;
             if header.incompatible.contains(Incompatible::DIRTY) {
-                let clusters = rebuild_refcounts(&ImageFile::new(co, graph, &file), &mut header)?;
+                let file = ImageFile::new(co, graph, &file).with_memory_limit(tuning.memory_limit);
+                let clusters = rebuild_refcounts(&file, &mut header)?;
                 log::warn!("the image was not closed properly: counted {clusters} clusters anew");
             }
         }
@@ -390,7 +393,11 @@ pub(crate) fn header_field(count: u64) -> u32 {
     u32::try_from(count).expect("tables are bounded far below this")
 }
 
-/// Reads a whole table. Its length was bounded when the header was decoded.
+/// How much of a table is read at once.
+const TABLE_READ: usize = 1 << 20;
+
+/// Reads a whole table. Its length was bounded when the header was decoded, and its memory comes out
+/// of the image's budget.
 fn read_table(
     co: &Co,
     graph: &GraphRead<'_>,
@@ -398,17 +405,22 @@ fn read_table(
     at: HostOffset,
     len: u64,
 ) -> Result<MemTable> {
-    let mut bytes = buffer(in_memory(len))?;
-    if len > 0 {
+    let table = MemTable::new(at, len / spec::TABLE_ENTRY_LEN);
+    let mut bytes = buffer(in_memory(len).min(TABLE_READ))?;
+    let mut done = 0;
+    while done < len {
+        let piece = bytes.len().min(in_memory(len - done));
         file.pread(
             co,
             graph,
-            at.0,
-            IoVecMut::from(&mut bytes[..]),
+            at.0 + done,
+            IoVecMut::from(&mut bytes[..piece]),
             RequestFlags::empty(),
         )?;
+        table.load(done / spec::TABLE_ENTRY_LEN, &bytes[..piece]);
+        done += piece as u64;
     }
-    Ok(MemTable::new(at, &bytes))
+    Ok(table)
 }
 
 /// A filter that knows every cluster with a table of the active disk.

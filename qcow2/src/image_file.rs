@@ -6,13 +6,21 @@
 //! gives zeros, as everywhere in a graph of nodes; an offset that no file can have is an error, so
 //! that a table at such a place is not mistaken for an empty one.
 
+use std::ops::Range;
+
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_block::{BlockBackend, Child, GraphRead, MAX_LENGTH, RequestFlags, Result};
 use coblock_coroutine::Co;
 
+use crate::budget::{Budget, MEMORY_LIMIT_DEFAULT};
 use crate::error::Error;
 use crate::header::Header;
 use crate::types::index;
+
+/// Bytes of memory that a byte of the first cluster may become: an empty extension of 8 bytes is a
+/// value of 40, and lists have room for more.
+const HEADER_COST: u64 = 8;
+const HEADER_MEMORY: &str = "bytes of memory for header and extensions";
 
 /// How the file is reached.
 #[derive(Clone, Copy)]
@@ -26,6 +34,7 @@ enum Reach<'a> {
 pub struct ImageFile<'a> {
     co: &'a Co,
     reach: Reach<'a>,
+    memory_limit: u64,
 }
 
 impl<'a> ImageFile<'a> {
@@ -35,6 +44,7 @@ impl<'a> ImageFile<'a> {
         Self {
             co,
             reach: Reach::Child(graph, file),
+            memory_limit: MEMORY_LIMIT_DEFAULT,
         }
     }
 
@@ -44,7 +54,32 @@ impl<'a> ImageFile<'a> {
         Self {
             co,
             reach: Reach::Backend(file),
+            memory_limit: MEMORY_LIMIT_DEFAULT,
         }
+    }
+
+    /// The same file, whose image may ask an operation for `bytes` of memory instead of
+    /// [`MEMORY_LIMIT_DEFAULT`].
+    #[must_use]
+    pub const fn with_memory_limit(self, bytes: u64) -> Self {
+        Self {
+            memory_limit: bytes,
+            ..self
+        }
+    }
+
+    const fn budget(&self) -> Budget {
+        Budget::new(self.memory_limit)
+    }
+
+    /// What one operation may spend on this image, whose header it has in memory.
+    ///
+    /// # Errors
+    /// `LimitExceeded`: the header is too much.
+    pub fn budget_beside(&self, header: &Header) -> Result<Budget> {
+        let mut budget = self.budget();
+        budget.take(HEADER_MEMORY, HEADER_COST * header.geometry.cluster_size())?;
+        Ok(budget)
     }
 
     /// Length of the file in bytes.
@@ -94,15 +129,30 @@ impl<'a> ImageFile<'a> {
         }
     }
 
+    /// The length of the hole at `offset`: bytes that read as zeros because nobody wrote them. Zero
+    /// where there is none, or where the driver does not tell. Suspends.
+    fn hole_at(&self, offset: u64) -> u64 {
+        let len = self.len().saturating_sub(offset);
+        let status = match self.reach {
+            Reach::Child(graph, file) => file.block_status(self.co, graph, offset, len),
+            Reach::Backend(file) => file.block_status(self.co, offset, len),
+        };
+        status.map_or(0, |found| if found.zero { found.len } else { 0 })
+    }
+
     /// Reads and decodes the header. Suspends.
     ///
     /// # Errors
-    /// What [`Header::decode`] says of it, or what the file's driver returned.
+    /// What [`Header::decode`] says of it, more memory than the limit, or what the file's driver
+    /// returned.
     pub fn read_header(&self) -> Result<Header> {
         let len = self.len();
         let mut start = vec![0; index(len.min(512))];
         self.read(0, &mut start)?;
-        let mut cluster = vec![0; index(len.min(Header::len_to_read(&start)? as u64))];
+        let cluster_len = len.min(Header::len_to_read(&start)? as u64);
+        self.budget()
+            .take(HEADER_MEMORY, HEADER_COST * cluster_len)?;
+        let mut cluster = vec![0; index(cluster_len)];
         self.read(0, &mut cluster)?;
         Ok(Header::decode(&cluster)?)
     }
@@ -152,6 +202,23 @@ impl<'a> ImageFile<'a> {
             Reach::Child(graph, file) => file.flush(self.co, graph),
             Reach::Backend(file) => file.flush(self.co),
         }
+    }
+}
+
+/// The last hole of the file in which something was looked for. A table can refer to a million
+/// places in one hole: a single question tells that all of them are zeros.
+#[derive(Default)]
+pub(crate) struct Hole(Range<u64>);
+
+impl Hole {
+    /// Is it known that these bytes are zeros?
+    pub(crate) fn covers(&self, offset: u64, len: u64) -> bool {
+        self.0.start <= offset && offset.saturating_add(len) <= self.0.end
+    }
+
+    /// Zeros were read at `offset`: is that a hole, and how long? Suspends.
+    pub(crate) fn zeros_at(&mut self, file: &ImageFile<'_>, offset: u64) {
+        self.0 = offset..offset.saturating_add(file.hole_at(offset));
     }
 }
 

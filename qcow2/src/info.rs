@@ -54,7 +54,8 @@ impl Info {
     ///
     /// # Errors
     /// An image that the reference's `info` refuses too: a header, snapshot table or bitmap
-    /// directory outside its limits, no refcount table; or what reading returned.
+    /// directory outside its limits, no refcount table; more memory than the file's limit; or what
+    /// reading returned.
     pub fn read(file: &ImageFile<'_>) -> Result<Self> {
         let header = file.read_header()?;
         Self::of(file, &header)
@@ -68,8 +69,9 @@ impl Info {
         if header.refcount_table_clusters == 0 {
             return Err(Error::NoRefcountTable.into());
         }
+        let mut budget = file.budget_beside(header)?;
         let bitmaps = match header.bitmaps() {
-            Some(extension) => bitmap::read(file, header, extension)?,
+            Some(extension) => bitmap::read(file, header, extension, &mut budget)?,
             None => Vec::new(),
         };
         let data_file = header.incompatible.contains(Incompatible::DATA_FILE);
@@ -88,7 +90,7 @@ impl Info {
             backing_format: header.backing_format().map(<[u8]>::to_vec),
             data_file: header.data_file().filter(|_| data_file).map(<[u8]>::to_vec),
             data_file_raw: data_file && header.autoclear.contains(Autoclear::DATA_FILE_RAW),
-            snapshots: SnapshotTable::read(file, header)?.snapshots,
+            snapshots: SnapshotTable::read(file, header, &mut budget)?.snapshots,
             bitmaps,
         })
     }

@@ -75,6 +75,7 @@ impl Layout {
                 what: "clusters of the refcount table",
                 need: table,
                 have: max,
+                advice: "",
             });
         }
         Ok(Self {

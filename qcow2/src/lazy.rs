@@ -47,6 +47,17 @@ impl LazyWords {
         }
     }
 
+    /// Bytes of memory for `words` words, each of them written.
+    pub const fn memory(words: u64) -> u64 {
+        words * 8 + Self::places(words)
+    }
+
+    /// Bytes of memory for the places of chunks when any of `words` words is written: buckets of
+    /// all sizes up to the last one's.
+    pub const fn places(words: u64) -> u64 {
+        2 * words.div_ceil(CHUNK).next_power_of_two() * size_of::<Chunk>() as u64
+    }
+
     /// Word `index`, or nothing where the chunk was never written (it would read as zero).
     #[inline]
     pub fn get(&self, index: u64) -> Option<&AtomicU64> {

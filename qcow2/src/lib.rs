@@ -38,6 +38,7 @@
 //! | `compress` | inflating a compressed cluster |
 //! | [`image`] | an open image: its tables, caches, counters |
 //! | `cache`, `memtable`, `lazy`, `overlap` | tables in memory |
+//! | [`budget`] | how much memory an image may ask for |
 //! | [`header`], [`extension`], [`feature`] | the first cluster |
 //! | [`entry`], [`width`] | entries of L1, L2 and refcount tables; refcounts of 1 to 64 bits |
 //! | [`types`] | offsets, clusters, [`types::Geometry`] |
@@ -48,6 +49,7 @@
 
 mod alloc;
 pub mod bitmap;
+pub mod budget;
 mod cache;
 pub mod check;
 mod compress;
@@ -81,6 +83,7 @@ pub mod width;
 mod writeback;
 mod zero;
 
+pub use budget::{Budget, MEMORY_LIMIT_DEFAULT};
 pub use error::{Error, Result};
 pub use format::OpenQcow2;
 pub use image::{CacheSizes, PassDiscard, Qcow2, Qcow2Stats, RequestMode, Tuning};

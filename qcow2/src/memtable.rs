@@ -35,23 +35,31 @@ pub(crate) struct StagedEntries {
 }
 
 impl MemTable {
-    /// A table as it was read from `offset`; `bytes` are its big-endian entries.
-    pub fn new(offset: HostOffset, bytes: &[u8]) -> Self {
-        let table = MemTable {
+    /// A table of `entries` that lies at `offset`, all zero until [`MemTable::load`].
+    pub fn new(offset: HostOffset, entries: u64) -> Self {
+        MemTable {
             entries: LazyWords::new(),
-            len: AtomicU64::new(bytes.len() as u64 / TABLE_ENTRY_LEN),
+            len: AtomicU64::new(entries),
             place: ThreadLock::new(Place {
                 offset,
                 dirty: BTreeMap::new(),
             }),
-        };
-        for (index, raw) in bytes.chunks_exact(8).enumerate() {
+        }
+    }
+
+    /// Takes entries from `first` on as they were read: `bytes` are big-endian.
+    pub fn load(&self, first: u64, bytes: &[u8]) {
+        for (index, raw) in (first..self.len()).zip(bytes.chunks_exact(8)) {
             let entry = u64::from_be_bytes(raw.try_into().expect("chunks of eight"));
             if entry != 0 {
-                table.entries.ensure(index as u64).store(entry, Release);
+                self.entries.ensure(index).store(entry, Release);
             }
         }
-        table
+    }
+
+    /// Bytes of memory that a table of so many bytes takes at most.
+    pub const fn memory(bytes: u64) -> u64 {
+        LazyWords::memory(bytes / TABLE_ENTRY_LEN)
     }
 
     /// Entries in the table.
@@ -165,7 +173,7 @@ mod tests {
     /// Changed entries come out alone and in runs, and come back only where nothing newer stands.
     #[test]
     fn stages_only_what_changed() {
-        let table = MemTable::new(HostOffset(0x1000), &[0; 80]);
+        let table = MemTable::new(HostOffset(0x1000), 10);
         for index in [1, 2, 5] {
             table.set(index, index * 0x1_0000);
         }

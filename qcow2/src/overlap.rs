@@ -26,11 +26,21 @@ pub(crate) struct ClusterFilter {
 impl ClusterFilter {
     /// A filter for about `tables` clusters.
     pub fn new(tables: u64) -> Self {
-        let bits = (tables.saturating_mul(BITS_PER_TABLE)).clamp(BITS_MIN, BITS_MAX);
-        let words = bits.next_power_of_two() / 64;
         ClusterFilter {
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            words: (0..Self::words(tables))
+                .map(|_| AtomicU64::new(0))
+                .collect(),
         }
+    }
+
+    fn words(tables: u64) -> u64 {
+        let bits = (tables.saturating_mul(BITS_PER_TABLE)).clamp(BITS_MIN, BITS_MAX);
+        bits.next_power_of_two() / 64
+    }
+
+    /// Bytes of memory for about `tables` clusters.
+    pub fn memory(tables: u64) -> u64 {
+        Self::words(tables) * 8
     }
 
     #[inline]

@@ -21,6 +21,7 @@
     )
 )]
 
+use crate::budget::Budget;
 use crate::error::{Error, Result, Table};
 use crate::fields::{be16, be32, be64, bytes};
 use crate::header::Header;
@@ -119,6 +120,12 @@ impl Snapshot {
         (text(&self.id), text(&self.name))
     }
 
+    /// Bytes of memory that it takes in a list with room for more.
+    const fn memory(&self) -> u64 {
+        let texts = self.id.len() + self.name.len() + self.unknown_extra.len();
+        (2 * size_of::<Self>() + texts) as u64
+    }
+
     /// Whether the entry has the fields that an image of this version must give.
     #[must_use]
     pub const fn is_complete(&self, version: Version) -> bool {
@@ -162,12 +169,16 @@ pub struct SnapshotTable {
 }
 
 impl SnapshotTable {
-    /// Reads the table that `header` points to. May suspend.
+    /// Reads the table that `header` points to, in memory out of `budget`. May suspend.
     ///
     /// # Errors
-    /// A table of more than 64 MiB, an entry that [`Snapshot::decode`] refuses, or what reading
-    /// returned.
-    pub fn read(file: &ImageFile<'_>, header: &Header) -> coblock_block::Result<Self> {
+    /// A table of more than 64 MiB, an entry that [`Snapshot::decode`] refuses, more memory than is
+    /// left, or what reading returned.
+    pub fn read(
+        file: &ImageFile<'_>,
+        header: &Header,
+        budget: &mut Budget,
+    ) -> coblock_block::Result<Self> {
         let mut table = Self::default();
         let mut window = Window::new(*file, header.snapshots_offset.get());
         for index in 0..header.snapshots {
@@ -178,6 +189,8 @@ impl SnapshotTable {
                 let (len, max) = (table.len, spec::SNAPSHOT_TABLE_LEN_MAX);
                 return Err(Error::SnapshotTableTooLarge { index, len, max }.into());
             }
+            let need = snapshot.memory();
+            budget.take("bytes of memory for the snapshot table", need)?;
             table.snapshots.push(snapshot);
         }
         Ok(table)

@@ -20,6 +20,7 @@ use coblock_coroutine::Co;
 
 use crate::entry::{L1Entry, L2Entry};
 use crate::image::Qcow2;
+use crate::image_file::{Hole, ImageFile};
 use crate::types::{GuestOffset, HostCluster, HostOffset};
 
 /// Slices, or L1 entries without a table, that one answer looks at: bounds the time of a call.
@@ -227,14 +228,26 @@ impl Qcow2 {
         }
         let per_slice = self.counts_per_slice() as u64;
         let mut in_use = 0;
+        let file = ImageFile::new(co, graph, &self.file);
+        let mut hole = Hole::default();
         for first in (0..clusters).step_by(in_memory(per_slice)) {
+            let slot = self.geometry.refcount_table_index(HostCluster(first));
+            let block = self.refcount_table.get(slot);
+            if hole.covers(block, size) {
+                continue;
+            }
             let Some((pin, _)) = self.pin_refcounts(co, graph, HostCluster(first))? else {
                 continue;
             };
             let here = in_memory(per_slice.min(clusters - first));
-            in_use += (0..here)
+            let counted = (0..here)
                 .filter(|index| self.count_at(&pin, *index) != 0)
                 .count() as u64;
+            drop(pin);
+            if counted == 0 {
+                hole.zeros_at(&file, block);
+            }
+            in_use += counted;
             if in_use > threshold {
                 return Ok(true);
             }

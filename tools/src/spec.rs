@@ -15,6 +15,7 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use coblock::block::{self, Options};
+use coblock::qcow2;
 
 use crate::explain::explain;
 use crate::image_opts::Pairs;
@@ -248,6 +249,15 @@ impl ImageSpec {
             options.set_default("backing", "");
         }
         options
+    }
+
+    /// Bytes of memory that a look at the image without its driver may take.
+    ///
+    /// # Errors
+    /// The user's limit is no size.
+    pub fn memory_limit(&self) -> block::Result<u64> {
+        let given = self.options(Access::READ).take_size("memory-limit")?;
+        Ok(given.unwrap_or(qcow2::MEMORY_LIMIT_DEFAULT))
     }
 
     /// Options for the file below alone: what the format's driver would open, with what it would

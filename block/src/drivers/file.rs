@@ -131,9 +131,15 @@ impl Wanted {
         let file = OpenOptions::new()
             .read(true)
             .write(!self.read_only)
-            .custom_flags(direct | libc::O_NOCTTY)
+            // A pipe that an image names would be waited for until somebody opens its other end.
+            .custom_flags(direct | libc::O_NOCTTY | libc::O_NONBLOCK)
             .open(filename);
-        file.map_err(|error| {
+        let waiting = |file: File| {
+            let flags = rustix::fs::fcntl_getfl(&file)?;
+            rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK)?;
+            Ok(file)
+        };
+        file.and_then(waiting).map_err(|error| {
             let refused = error.raw_os_error() == Some(libc::EINVAL) && self.direct;
             let error = could_not_open(filename, error);
             if refused {
@@ -160,9 +166,10 @@ impl Wanted {
                 format!("Could not open '{filename}': the file was opened with other access");
             return Err(Error::new(ErrorKind::PermissionDenied, message));
         }
-        if flags.contains(OFlags::DIRECT) != self.direct {
-            let mut flags = flags;
-            flags.set(OFlags::DIRECT, self.direct);
+        let mut wanted = flags - OFlags::NONBLOCK;
+        wanted.set(OFlags::DIRECT, self.direct);
+        if wanted != flags {
+            let flags = wanted;
             rustix::fs::fcntl_setfl(&file, flags).map_err(errno)?;
         }
         Ok(file)

@@ -13,7 +13,7 @@ impl State<'_> {
             return Ok(());
         };
         self.refer(extension.directory_offset, extension.directory_len, 1)?;
-        for bitmap in bitmap::read(self.file, header, extension)? {
+        for bitmap in bitmap::read(self.file, header, extension, &mut self.budget)? {
             self.refer(bitmap.table_offset, bitmap.table_len(), 1)?;
             let file = self.file;
             bitmap.for_each_entry(file, |entry| {

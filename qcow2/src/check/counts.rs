@@ -4,6 +4,7 @@
 //! many holes costs little; with more it becomes an array, two bytes a cluster. A count stops where
 //! the image's refcounts stop; references beyond are told to the caller.
 
+use crate::budget::Budget;
 use crate::error::Error;
 use crate::types::{HostCluster, index};
 use crate::width::RefcountWidth;
@@ -12,8 +13,9 @@ use crate::width::RefcountWidth;
 const CHUNK: usize = 4096;
 /// Clusters with references that a list holds at most.
 const FEW: usize = 64;
-/// Most bytes of all arrays together: 32 TiB of used clusters of 64 KiB.
-const ARRAYS_LEN_MAX: usize = 1 << 30;
+/// Bytes of a list's entry, with the room that lists keep for more.
+const FEW_COST: u64 = 2 * size_of::<(u16, u64)>() as u64;
+const MEMORY: &str = "bytes of memory to count references";
 
 /// Counts of one chunk, as wide as they have to be.
 #[derive(Debug)]
@@ -55,8 +57,6 @@ impl Chunk {
 #[derive(Debug)]
 pub struct Counts {
     chunks: Vec<Option<Chunk>>,
-    /// Bytes of all arrays.
-    len: usize,
     max: u64,
 }
 
@@ -65,7 +65,6 @@ impl Counts {
     pub fn new(width: RefcountWidth) -> Self {
         Self {
             chunks: Vec::new(),
-            len: 0,
             max: width.max(),
         }
     }
@@ -108,14 +107,22 @@ impl Counts {
         out
     }
 
-    /// Counts `times` more references; gives how many of them the image's refcounts cannot hold.
+    /// Counts `times` more references, in memory out of `budget`; gives how many of them the image's
+    /// refcounts cannot hold.
     ///
     /// # Errors
-    /// `LimitExceeded` when the counts would need more memory than we are ready to give.
-    pub fn add(&mut self, cluster: HostCluster, times: u64) -> Result<u64, Error> {
+    /// `LimitExceeded` when the counts would need more memory than is left.
+    pub fn add(
+        &mut self,
+        cluster: HostCluster,
+        times: u64,
+        budget: &mut Budget,
+    ) -> Result<u64, Error> {
         let at = index(cluster.get());
         let (slot, at) = (at / CHUNK, at % CHUNK);
         if slot >= self.chunks.len() {
+            let more = slot + 1 - self.chunks.len();
+            budget.take(MEMORY, 2 * (more * size_of::<Option<Chunk>>()) as u64)?;
             self.chunks.resize_with(slot + 1, || None);
         }
         let chunk = self.chunks[slot].get_or_insert_with(|| Chunk::Few(Vec::with_capacity(1)));
@@ -124,24 +131,21 @@ impl Counts {
             && find(counts, at).is_err()
         {
             let wide = self.max > u16::MAX.into();
-            self.len += CHUNK * if wide { 8 } else { 2 };
-            if self.len > ARRAYS_LEN_MAX {
-                return Err(Error::LimitExceeded {
-                    what: "memory to count references",
-                    need: self.len as u64,
-                    have: ARRAYS_LEN_MAX as u64,
-                });
-            }
+            budget.take(MEMORY, (CHUNK * if wide { 8 } else { 2 }) as u64)?;
             *chunk = Chunk::spread(counts, wide);
         }
         let max = self.max;
         Ok(match chunk {
             Chunk::Few(counts) => {
-                let place = find(counts, at).unwrap_or_else(|place| {
-                    let at = u16::try_from(at).expect("inside a chunk");
-                    counts.insert(place, (at, 0));
-                    place
-                });
+                let place = match find(counts, at) {
+                    Ok(place) => place,
+                    Err(place) => {
+                        budget.take(MEMORY, FEW_COST)?;
+                        let at = u16::try_from(at).expect("inside a chunk");
+                        counts.insert(place, (at, 0));
+                        place
+                    }
+                };
                 let (new, lost) = count_up(counts[place].1, times, max);
                 counts[place].1 = new;
                 lost
@@ -189,11 +193,13 @@ mod tests {
             (5, [1 << 31, 1 << 31], u64::from(u32::MAX), 1),
             (6, [u64::MAX, 3], u64::MAX, 3),
         ] {
+            let mut budget = Budget::new(1 << 20);
             let mut counts = Counts::new(RefcountWidth::new(order));
             let cluster = HostCluster(9000);
             assert!(counts.referenced(0, 1 << 30).is_empty());
             assert_eq!(counts.get(cluster), 0);
-            let told = counts.add(cluster, add[0]).unwrap() + counts.add(cluster, add[1]).unwrap();
+            let told = counts.add(cluster, add[0], &mut budget).unwrap()
+                + counts.add(cluster, add[1], &mut budget).unwrap();
             assert_eq!(
                 (counts.get(cluster), told),
                 (want, lost),
@@ -213,12 +219,13 @@ mod tests {
     #[test]
     fn many_in_a_chunk() {
         for order in [2, 4, 6] {
+            let mut budget = Budget::new(1 << 20);
             let mut counts = Counts::new(RefcountWidth::new(order));
             for round in 0..3_u64 {
                 for number in 0..500_u64 {
                     let cluster = HostCluster(number * 37 % 5000);
                     let before = counts.get(cluster);
-                    assert_eq!(counts.add(cluster, 1).unwrap(), 0);
+                    assert_eq!(counts.add(cluster, 1, &mut budget).unwrap(), 0);
                     assert_eq!((before, counts.get(cluster)), (round, round + 1));
                 }
             }

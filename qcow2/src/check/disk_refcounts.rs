@@ -1,12 +1,13 @@
 //! Refcounts as the image tells them: refcount table in memory, blocks read in slices and kept in a
 //! bounded cache.
 
-use crate::check::Broken;
 use coblock_block::Result;
 
+use crate::budget::Budget;
+use crate::check::Broken;
 use crate::fields::be64;
 use crate::header::Header;
-use crate::image_file::ImageFile;
+use crate::image_file::{Hole, ImageFile};
 use crate::spec;
 use crate::types::{Geometry, HostCluster, index};
 use crate::width::RefcountWidth;
@@ -31,6 +32,7 @@ pub struct DiskRefcounts<'a> {
     /// The refcount table as it is on disk.
     table: Vec<u64>,
     slices: Vec<Option<Slice>>,
+    hole: Hole,
     /// Refcounts in a slice: a power of two.
     slice_entries: u64,
 }
@@ -39,8 +41,8 @@ impl<'a> DiskRefcounts<'a> {
     /// Reads the refcount table: at most 8 MiB. May suspend.
     ///
     /// # Errors
-    /// What reading returned.
-    pub fn read(file: &'a ImageFile<'a>, header: &Header) -> Result<Self> {
+    /// More memory than is left, or what reading returned.
+    pub fn read(file: &'a ImageFile<'a>, header: &Header, budget: &mut Budget) -> Result<Self> {
         let geometry = header.geometry;
         let width = RefcountWidth::new(geometry.refcount_order());
         let len = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
@@ -48,15 +50,23 @@ impl<'a> DiskRefcounts<'a> {
             len <= spec::REFCOUNT_TABLE_LEN_MAX,
             "a decoded header has bounded tables"
         );
+        // As bytes, then as entries; and the slices, of which most images need few.
+        budget.take("bytes of memory for the refcount table", 2 * len)?;
+        let slice_len = SLICE_LEN.min(geometry.cluster_size());
+        let slices = len / spec::TABLE_ENTRY_LEN * geometry.cluster_size();
+        budget.take(
+            "bytes of memory for refcount blocks",
+            slices.min(SLICES as u64 * slice_len),
+        )?;
         let mut bytes = vec![0; index(len)];
         file.read(header.refcount_table_offset.get(), &mut bytes)?;
         let table = bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect();
-        let slice_len = SLICE_LEN.min(geometry.cluster_size());
         Ok(Self {
             file,
             geometry,
             width,
             table,
+            hole: Hole::default(),
             slices: std::iter::repeat_with(|| None).take(SLICES).collect(),
             slice_entries: slice_len * 8 / u64::from(width.bits()),
         })
@@ -111,13 +121,18 @@ impl<'a> DiskRefcounts<'a> {
         let slot = &mut self.slices[index(number) % SLICES];
         if slot.as_ref().is_none_or(|slice| slice.number != number) {
             let len = self.slice_entries * u64::from(self.width.bits()) / 8;
+            let in_block = self.geometry.refcount_block_index(cluster) as u64 / self.slice_entries;
+            let offset = block + in_block * len;
+            if self.hole.covers(offset, len) {
+                return Ok(None);
+            }
             let mut data = slot
                 .take()
                 .map_or_else(|| vec![0; index(len)], |slice| slice.data);
-            let in_block = self.geometry.refcount_block_index(cluster) as u64 / self.slice_entries;
-            self.file
-                .read(block + in_block * len, &mut data)
-                .map_err(|_| Broken)?;
+            self.file.read(offset, &mut data).map_err(|_| Broken)?;
+            if data.iter().all(|byte| *byte == 0) {
+                self.hole.zeros_at(self.file, offset);
+            }
             *slot = Some(Slice { number, data });
         }
         let Some(slice) = slot else {

@@ -14,8 +14,9 @@
 //! ```
 //!
 //! What a table refers to counts once for each path from the header to it, which is what a refcount
-//! has to say. Work is bounded by the length of the file, memory by the limits of `counts.rs` and
-//! by what L1 tables hold; nothing recurses.
+//! has to say. Work is bounded by the length of the file. Memory comes out of the image's budget,
+//! which grows with each table entry that is really there: a large disk may be checked, a small file
+//! cannot ask for much. Nothing recurses.
 
 mod bitmaps;
 mod compare;
@@ -28,14 +29,17 @@ mod tables;
 pub use finding::{Finding, Severity};
 pub use rebuild::rebuild_refcounts;
 
+use std::ops::Range;
+
 use coblock_block::Result;
 
+use crate::budget::Budget;
 use crate::error::Error;
 use crate::header::Header;
 use crate::image_file::ImageFile;
 use crate::snapshot::SnapshotTable;
 use crate::spec;
-use crate::types::{Geometry, HostOffset};
+use crate::types::{Geometry, HostCluster, HostOffset};
 use crate::width::RefcountWidth;
 use counts::Counts;
 use disk_refcounts::DiskRefcounts;
@@ -107,7 +111,7 @@ pub fn check(
     event: &mut dyn FnMut(Event<'_>),
 ) -> Result<CheckReport> {
     let mut state = State::new(file, header, event)?;
-    let snapshots = SnapshotTable::read(file, header)?;
+    let snapshots = SnapshotTable::read(file, header, &mut state.budget)?;
     state.references(header, &snapshots)?;
     state.compare(header)?;
     Ok(state.report)
@@ -121,6 +125,7 @@ struct State<'a> {
     geometry: Geometry,
     disk: DiskRefcounts<'a>,
     counts: Counts,
+    budget: Budget,
     /// Clusters of the file, and one more when something semi-allocated refers to it.
     file_clusters: u64,
     report: CheckReport,
@@ -144,15 +149,18 @@ impl<'a> State<'a> {
                 what: "clusters of the file",
                 need: file_clusters,
                 have: spec::CHECK_CLUSTERS_MAX,
+                advice: "",
             }
             .into());
         }
+        let mut budget = file.budget_beside(header)?;
         Ok(State {
             file,
             file_len,
             geometry,
-            disk: DiskRefcounts::read(file, header)?,
+            disk: DiskRefcounts::read(file, header, &mut budget)?,
             counts: Counts::new(RefcountWidth::new(geometry.refcount_order())),
+            budget,
             file_clusters,
             report: CheckReport {
                 total_clusters: geometry.clusters(header.whole_sectors()).get(),
@@ -190,26 +198,36 @@ impl<'a> State<'a> {
     /// The file's last cluster may end early, so a range may reach into it, but not a whole cluster
     /// behind the end.
     fn refer(&mut self, offset: HostOffset, len: u64, times: u64) -> Result<()> {
+        match self.clusters_in_file(offset, len, times) {
+            Some(clusters) => self.refer_clusters(clusters, times),
+            None => Ok(()),
+        }
+    }
+
+    /// The clusters that a range touches; nothing where there are none, or where they are behind the
+    /// end, which is told.
+    fn clusters_in_file(&mut self, at: HostOffset, len: u64, times: u64) -> Option<Range<u64>> {
         if len == 0 || times == 0 {
-            return Ok(());
+            return None;
         }
         let cluster_size = self.geometry.cluster_size();
-        let end = offset.get().checked_add(len);
+        let end = at.get().checked_add(len);
         let Some(end) = end.filter(|end| *end < self.file_len.saturating_add(cluster_size)) else {
-            self.found(&Finding::PastEnd { offset, len }, times);
-            return Ok(());
+            self.found(&Finding::PastEnd { offset: at, len }, times);
+            return None;
         };
-        let first = self.geometry.host_cluster(offset).get();
-        let last = (end - 1) / cluster_size;
-        for cluster in first..=last {
-            let cluster = crate::types::HostCluster(cluster);
-            let lost = self.counts.add(cluster, times)?;
+        Some(self.geometry.host_cluster(at).get()..end.div_ceil(cluster_size))
+    }
+
+    fn refer_clusters(&mut self, clusters: Range<u64>, times: u64) -> Result<()> {
+        self.file_clusters = self.file_clusters.max(clusters.end);
+        for cluster in clusters.map(HostCluster) {
+            let lost = self.counts.add(cluster, times, &mut self.budget)?;
             if lost > 0 {
                 let offset = self.geometry.host_start(cluster);
                 self.found(&Finding::Overflow { offset }, lost);
             }
         }
-        self.file_clusters = self.file_clusters.max(last + 1);
         Ok(())
     }
 }

@@ -57,7 +57,7 @@ fn count_and_write(file: &ImageFile<'_>, header: &mut Header) -> Result<u64> {
         event => remember(&mut worst, &event),
     };
     let mut state = State::new(file, header, &mut event)?;
-    let snapshots = SnapshotTable::read(file, header)?;
+    let snapshots = SnapshotTable::read(file, header, &mut state.budget)?;
     state.references(header, &snapshots)?;
     let old_table = state.disk.table().to_vec();
     let (counts, file_clusters) = (state.counts, state.file_clusters);

@@ -1,5 +1,7 @@
 //! L1 and L2 tables: what the disk and each snapshot refer to.
 
+use std::ops::Range;
+
 use coblock_block::Result;
 
 use super::{Event, Finding, State};
@@ -17,6 +19,11 @@ const L1_READ: u64 = 1 << 20;
 const L2_READ: u64 = 1 << 20;
 /// References to L2 tables that are collected before equal ones are merged.
 const MERGE_AT: usize = 1 << 16;
+
+/// Bytes that the budget grows by for each table entry that refers to something: it fills eight
+/// bytes of the file, which no hole does, and may need as many for a count, or twice as many in the
+/// list of L2 tables.
+const ENTRY_ALLOWS: u64 = 16;
 
 /// L1 entries that refer to an L2 table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,6 +49,7 @@ impl State<'_> {
     pub(super) fn tables(&mut self, header: &Header, snapshots: &SnapshotTable) -> Result<()> {
         let geometry = self.geometry;
         let mut edges = Vec::new();
+        let mut in_clusters = Vec::new();
         let mut add = |offset: HostOffset, entries: u32, active: i64| {
             let len = u64::from(entries) * spec::TABLE_ENTRY_LEN;
             // Checked by the header and by `check_l1`: the end is at most 2^63.
@@ -62,7 +70,7 @@ impl State<'_> {
         self.refer(HostOffset(0), geometry.cluster_size(), 1)?;
         let len = add(header.l1_offset, header.l1_entries, 1);
         self.file.check_range(header.l1_offset.get(), len)?;
-        self.refer(header.l1_offset, len, 1)?;
+        in_clusters.extend(self.clusters_in_file(header.l1_offset, len, 1));
         for (number, snapshot) in (0_u32..).zip(&snapshots.snapshots) {
             if !snapshot.is_complete(geometry.version()) {
                 self.found(&Finding::SnapshotIncomplete { index: number }, 1);
@@ -81,10 +89,28 @@ impl State<'_> {
             }
             let len = add(snapshot.l1_offset, snapshot.l1_entries, 0);
             self.file.check_range(snapshot.l1_offset.get(), len)?;
-            self.refer(snapshot.l1_offset, len, 1)?;
+            in_clusters.extend(self.clusters_in_file(snapshot.l1_offset, len, 1));
         }
+        self.refer_together(in_clusters)?;
         let tables = self.l1_tables(edges, header.l1_offset)?;
         self.l2_tables(&tables)
+    }
+
+    /// Counts a reference to each cluster of each range. Ranges that lie over each other, as an image
+    /// with many snapshots can make them, take no longer than one.
+    fn refer_together(&mut self, ranges: Vec<Range<u64>>) -> Result<()> {
+        let ends = |range: Range<u64>| [(range.start, 1_i64), (range.end, -1)];
+        let mut edges: Vec<(u64, i64)> = ranges.into_iter().flat_map(ends).collect();
+        edges.sort_unstable();
+        let (mut from, mut open) = (0, 0_i64);
+        for (at, change) in edges {
+            if at > from && open > 0 {
+                self.refer_clusters(from..at, open.unsigned_abs())?;
+            }
+            from = at;
+            open += change;
+        }
+        Ok(())
     }
 
     /// Reads each byte of L1 tables once (that of the disk begins at `disk`); gives the L2 tables
@@ -163,7 +189,15 @@ impl State<'_> {
                 );
             }
         }
+        self.budget.grow(ENTRY_ALLOWS);
         if offset.get() < self.file_len {
+            if tables.len() == tables.capacity() {
+                let more = tables.capacity().max(MERGE_AT);
+                let bytes = more * size_of::<TableRef>();
+                self.budget
+                    .take("bytes of memory for the list of L2 tables", bytes as u64)?;
+                tables.reserve_exact(more);
+            }
             tables.push(TableRef {
                 offset: offset.get(),
                 active: slot.is_some().into(),
@@ -221,6 +255,7 @@ impl State<'_> {
             if entry == 0 {
                 continue;
             }
+            self.budget.grow(ENTRY_ALLOWS);
             if entry & spec::L2_COMPRESSED != 0 {
                 self.compressed_entry(table, entry)?;
             } else {

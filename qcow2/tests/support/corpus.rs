@@ -295,8 +295,8 @@ pub fn cases() -> Vec<Case> {
         case(
             "CVE-2014-0144: snapshot table of more than 64 MiB",
             long_snapshot_table,
-            Bad("snapshot table is too large"),
-            Bad("snapshot table is too large"),
+            Bad("bytes of memory for the snapshot table"),
+            Bad("bytes of memory for the snapshot table"),
             Good,
             Good,
         ),

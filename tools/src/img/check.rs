@@ -4,6 +4,8 @@
 //! 0 (clean), 1 (could not be checked), 2 (corruptions), 3 (leaks) and 63 (the format has nothing
 //! to check).
 
+use std::fmt;
+
 use coblock::block::{self, BlockBackend};
 use coblock::coroutine::Co;
 use coblock::qcow2::check::{self, CheckReport, Event, Finding};
@@ -70,6 +72,9 @@ const OPTIONS: &[Opt<Id>] = &[
 
 /// Most lines for one finding that counts many times: an image must not decide how long we print.
 const REPEATS_MAX: u64 = 1000;
+
+/// Most lines for all findings together, for the same reason.
+const LINES_MAX: u64 = 10_000;
 
 /// Most findings that are kept to be printed in the reference's order; more are printed as they
 /// come.
@@ -168,17 +173,27 @@ fn check_image(
         .open_node(co, spec.file_options(access))
         .map_err(|error| spec.could_not_open(&error))?;
     let file = BlockBackend::new(&session.graph, node);
-    let result = check_file(co, &file, out);
+    let result = check_file(co, &file, spec, out);
     let closed = file.close(co);
     let report = result.map_err(|error| spec.could_not_open(&error))?;
     closed.map_err(|error| explain(&error))?;
     Ok(report)
 }
 
-fn check_file(co: &Co, file: &BlockBackend, out: &Output) -> block::Result<CheckReport> {
-    let image = ImageFile::of_backend(co, file);
+fn check_file(
+    co: &Co,
+    file: &BlockBackend,
+    spec: &ImageSpec,
+    out: &Output,
+) -> block::Result<CheckReport> {
+    let image = ImageFile::of_backend(co, file).with_memory_limit(spec.memory_limit()?);
     let header = image.read_header()?;
     let mut late = Vec::new();
+    let mut printer = Printer {
+        out,
+        lines: 0,
+        left_out: 0,
+    };
     let mut event = |event: Event<'_>| {
         if let Event::Finding { finding, times } = event {
             // The reference compares these flags in a pass of its own, at the end; we see them on
@@ -187,23 +202,44 @@ fn check_file(co: &Co, file: &BlockBackend, out: &Output) -> block::Result<Check
             if is_late && late.len() < LATE_MAX {
                 late.push((finding.to_string(), times));
             } else {
-                print_finding(out, &finding.to_string(), times);
+                printer.finding(finding, times);
             }
         }
     };
     let result = check::check(&image, &header, &mut event);
     for (line, times) in late {
-        print_finding(out, &line, times);
+        printer.finding(line, times);
+    }
+    if printer.left_out > 0 {
+        out.note(format!("({} findings more)", printer.left_out));
     }
     result
 }
 
-fn print_finding(out: &Output, line: &str, times: u64) {
-    for _ in 0..times.min(REPEATS_MAX) {
-        out.note(line);
-    }
-    if times > REPEATS_MAX {
-        out.note(format!("(the same {} times more)", times - REPEATS_MAX));
+/// Prints findings, not more of them than somebody may read.
+struct Printer<'a> {
+    out: &'a Output,
+    lines: u64,
+    /// Findings that were not printed.
+    left_out: u64,
+}
+
+impl Printer<'_> {
+    fn finding(&mut self, finding: impl fmt::Display, times: u64) {
+        let most = REPEATS_MAX.min(LINES_MAX.saturating_sub(self.lines));
+        if most == 0 {
+            self.left_out = self.left_out.saturating_add(times);
+            return;
+        }
+        let line = finding.to_string();
+        for _ in 0..times.min(most) {
+            self.out.note(&line);
+        }
+        self.lines += times.min(most);
+        if times > most {
+            let more = times - most;
+            self.out.note(format!("(the same {more} times more)"));
+        }
     }
 }
 

@@ -206,7 +206,10 @@ fn one(co: &Co, session: &Session, spec: &ImageSpec, access: Access) -> Result<I
     let backend = BlockBackend::new(&session.graph, node);
     let keys = &spec.keys;
     let told = file_info(keys, &backend);
-    let image = ImageFile::of_backend(co, &backend);
+    let limit = spec
+        .memory_limit()
+        .map_err(|error| failed(&explain(&error)))?;
+    let image = ImageFile::of_backend(co, &backend).with_memory_limit(limit);
     let qcow2 = (info.format == "qcow2").then(|| read_qcow2(&image));
     let closed = backend.close(co);
     info.actual = told.actual;

@@ -148,10 +148,10 @@ fn read_qcow2(image: &Image) -> block::Result<Qcow2Info> {
         image.backend.flush(co)?;
         let node = session.open_node(co, image.spec.file_options(access))?;
         let file = BlockBackend::new(&session.graph, node);
-        let reader = ImageFile::of_backend(co, &file);
-        let info = reader
-            .read_header()
-            .and_then(|header| Qcow2Info::of(&reader, &header));
+        let info = image.spec.memory_limit().and_then(|limit| {
+            let reader = ImageFile::of_backend(co, &file).with_memory_limit(limit);
+            Qcow2Info::read(&reader)
+        });
         let closed = file.close(co);
         let info = info?;
         closed?;

@@ -176,6 +176,14 @@ impl SimDisk {
         bytes
     }
 
+    /// Was anything written at `offset`, and of how many of the bytes up to the end is that true?
+    /// Nothing at the end. A disk of many holes can be copied with this.
+    pub fn extent(&self, offset: u64) -> Option<(bool, u64)> {
+        let state = self.state.lock();
+        let left = state.len.checked_sub(offset).filter(|left| *left > 0)?;
+        Some(state.now.status(offset, left))
+    }
+
     /// Everything on it now.
     ///
     /// # Panics
