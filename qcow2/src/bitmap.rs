@@ -29,6 +29,9 @@ use crate::types::{Geometry, HostOffset};
 /// padding.
 const ENTRY_LEN_MAX: usize = spec::BITMAP_HEADER_LEN + 0xffff + 8;
 
+/// Bytes of memory of one in a list with room for more, without its name.
+const ENTRY_MEMORY: usize = 2 * size_of::<Bitmap>();
+
 bitflags::bitflags! {
     /// Flags of a bitmap.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -277,8 +280,7 @@ fn read_directory(
             .get(..usize::try_from(need).unwrap_or(ENTRY_LEN_MAX))
             .unwrap_or(data);
         let (bitmap, entry_len) = Bitmap::decode(data, number, header.geometry)?;
-        // In a list with room for more.
-        let need = (2 * size_of::<Bitmap>()).saturating_add(bitmap.name.len());
+        let need = ENTRY_MEMORY.saturating_add(bitmap.name.len());
         budget.take("bytes of memory for the bitmap directory", need as u64)?;
         out.push(bitmap);
         at = at.saturating_add(entry_len as u64);

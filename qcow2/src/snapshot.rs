@@ -122,8 +122,9 @@ impl Snapshot {
 
     /// Bytes of memory that it takes in a list with room for more.
     const fn memory(&self) -> u64 {
-        let texts = self.id.len() + self.name.len() + self.unknown_extra.len();
-        (2 * size_of::<Self>() + texts) as u64
+        let texts = self.id.len().saturating_add(self.name.len());
+        let more = texts.saturating_add(self.unknown_extra.len());
+        size_of::<Self>().saturating_mul(2).saturating_add(more) as u64
     }
 
     /// Whether the entry has the fields that an image of this version must give.
