@@ -3,15 +3,21 @@
 //! Each call takes the graph lock itself, checks bounds as a disk does, and is counted until it
 //! returns (rule 5.7).
 
+mod root;
+
+pub use root::Device;
+
+use crate::drain::{Busy, Parent};
 use crate::driver::Precision;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, GraphRead};
 use crate::io::Status;
 use crate::node::{Node, close_unused};
-use crate::request_table::{RequestKind, RequestTable};
+use crate::request_table::{RequestKind, RequestTable, Tracked};
 use crate::types::{RequestFlags, bytes};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
+use root::{Resuming, Root};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub struct BlockBackend {
     graph: Arc<Graph>,
     node: Arc<Node>,
-    requests: RequestTable,
+    root: Arc<Root>,
     /// Set when the handle has given up its node.
     detached: AtomicBool,
 }
@@ -31,11 +37,13 @@ pub struct BlockBackend {
 impl BlockBackend {
     /// A user of `node`. Give it back by [`BlockBackend::close`].
     pub fn new(graph: &Arc<Graph>, node: Arc<Node>) -> BlockBackend {
-        node.add_user();
+        let root = Root::new(format!("a backend of node '{}'", node.name()));
+        let parent: Arc<dyn Parent> = root.clone();
+        node.add_user(&parent);
         BlockBackend {
             graph: graph.clone(),
             node,
-            requests: RequestTable::new(),
+            root,
             detached: AtomicBool::new(false),
         }
     }
@@ -51,7 +59,7 @@ impl BlockBackend {
     }
 
     pub(crate) fn requests(&self) -> &RequestTable {
-        &self.requests
+        &self.root.requests
     }
 
     /// Length in bytes.
@@ -71,7 +79,7 @@ impl BlockBackend {
 
     /// How many requests of this user are in flight (rule 5.7).
     pub fn in_flight(&self) -> usize {
-        self.requests.in_flight()
+        self.root.requests.in_flight()
     }
 
     /// Outside of coroutines: polls until no request of this user is in flight, callbacks included
@@ -82,7 +90,9 @@ impl BlockBackend {
     /// In a coroutine; when the caller drives neither of the two contexts.
     #[track_caller]
     pub fn wait_idle(&self, context: &Arc<AioContext>) {
-        self.requests.wait_idle_outside(self.graph.wait(), context);
+        self.root
+            .requests
+            .wait_idle_outside(self.graph.wait(), context);
     }
 
     /// Reads into `buf` from `offset`.
@@ -93,14 +103,11 @@ impl BlockBackend {
     #[inline]
     pub fn pread<'b>(&self, co: &Co, offset: u64, buf: impl Into<IoVecMut<'b>>) -> Result<()> {
         let buf = buf.into();
-        let graph = self.graph.try_read(co)?;
         let len = bytes(buf.len());
-        let _request = self
-            .requests
-            .begin(graph.slot(), offset, len, RequestKind::Read);
-        self.check(offset, len)?;
+        let admitted = self.admit(co, (offset, len), RequestKind::Read)?;
+        self.check(&admitted, offset, len)?;
         self.node
-            .pread(co, &graph, offset, buf, RequestFlags::empty())
+            .pread(co, &admitted.graph, offset, buf, RequestFlags::empty())
     }
 
     /// Writes `buf` at `offset`; with [`RequestFlags::FUA`] the data is on stable storage
@@ -119,13 +126,10 @@ impl BlockBackend {
         flags: RequestFlags,
     ) -> Result<()> {
         let buf = buf.into();
-        let graph = self.graph.try_read(co)?;
         let len = bytes(buf.len());
-        let _request = self
-            .requests
-            .begin(graph.slot(), offset, len, RequestKind::Write);
-        self.check(offset, len)?;
-        self.node.pwrite(co, &graph, offset, buf, flags)
+        let admitted = self.admit(co, (offset, len), RequestKind::Write)?;
+        self.check(&admitted, offset, len)?;
+        self.node.pwrite(co, &admitted.graph, offset, buf, flags)
     }
 
     /// Write, then flush (rule 2.2): one operation, in that order. It orders nothing that came
@@ -180,13 +184,13 @@ impl BlockBackend {
         to_offset: u64,
         len: u64,
     ) -> Result<()> {
-        self.other(co, RequestKind::Read, (offset, len), |graph| {
-            self.copy_range_counted(co, graph, offset, (to, to_offset), len)
-        })
+        let both = self.admit_both(co, (offset, len), (to, to_offset))?;
+        self.check(&both.source, offset, len)?;
+        self.copy_range_admitted(co, &both.source.graph, offset, (to, to_offset), len)
     }
 
-    /// The same for a request that is counted here already.
-    pub(crate) fn copy_range_counted(
+    /// The same for a request that was admitted, and its own range checked.
+    pub(crate) fn copy_range_admitted(
         &self,
         co: &Co,
         graph: &GraphRead<'_>,
@@ -198,10 +202,7 @@ impl BlockBackend {
             let message = "The two ends of a copy are in different graphs";
             return Err(self.node.locate(Error::new(ErrorKind::Invalid, message)));
         }
-        let _request = to
-            .requests
-            .begin(graph.slot(), to_offset, len, RequestKind::Write);
-        to.check(to_offset, len)?;
+        to.check_range(to.root.requests.is_closed(), to_offset, len)?;
         self.node
             .copy_range(co, graph, offset, (&to.node, to_offset), len)
     }
@@ -317,12 +318,11 @@ impl BlockBackend {
 
     /// What is about no bytes, so that there is nothing to check.
     fn question<R>(&self, co: &Co, f: impl FnOnce(&GraphRead<'_>) -> Result<R>) -> Result<R> {
-        let graph = self.graph.try_read(co)?;
-        let _request = self.requests.begin(graph.slot(), 0, 0, RequestKind::Other);
-        if self.requests.is_closed() {
-            return Err(self.refused(0, 0));
+        let admitted = self.admit(co, (0, 0), RequestKind::Other)?;
+        if admitted.closed {
+            return Err(self.refused(true, 0, 0));
         }
-        f(&graph)
+        f(&admitted.graph)
     }
 
     fn other(
@@ -332,25 +332,104 @@ impl BlockBackend {
         (offset, len): (u64, u64),
         f: impl FnOnce(&GraphRead<'_>) -> Result<()>,
     ) -> Result<()> {
+        let admitted = self.admit(co, (offset, len), kind)?;
+        self.check(&admitted, offset, len)?;
+        f(&admitted.graph)
+    }
+
+    /// Takes the graph lock and counts a request in flight; where a drained section holds requests
+    /// back, after that (rule 5.5).
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn admit<'a>(
+        &'a self,
+        co: &'a Co,
+        range: (u64, u64),
+        kind: RequestKind,
+    ) -> Result<Admitted<'a>> {
         let graph = self.graph.try_read(co)?;
-        let _request = self.requests.begin(graph.slot(), offset, len, kind);
-        self.check(offset, len)?;
-        f(&graph)
+        let requests = &self.root.requests;
+        let request = requests.begin(graph.slot(), range.0, range.1, kind);
+        let admitted = Admitted {
+            request,
+            graph,
+            closed: false,
+        };
+        if requests.is_plain() {
+            return Ok(admitted);
+        }
+        self.admit_slow(co, admitted, range, kind)
+    }
+
+    #[cold]
+    #[inline(never)]
+    #[track_caller]
+    fn admit_slow<'a>(
+        &'a self,
+        co: &'a Co,
+        mut admitted: Admitted<'a>,
+        (offset, len): (u64, u64),
+        kind: RequestKind,
+    ) -> Result<Admitted<'a>> {
+        let mut resuming: Option<Resuming<'_>> = None;
+        // Who was held back goes on, counted, even if the next section has begun by now.
+        while resuming.is_none() && self.root.must_queue() {
+            // No more in flight, and no reader: the section may change the graph.
+            drop(admitted);
+            resuming = self.root.wait_as_request(co);
+            let graph = self.graph.try_read(co)?;
+            let request = self.root.requests.begin(graph.slot(), offset, len, kind);
+            admitted = Admitted {
+                request,
+                graph,
+                closed: false,
+            };
+        }
+        drop(resuming);
+        admitted.closed = self.root.requests.is_closed();
+        Ok(admitted)
+    }
+
+    /// Admits a request here and one on `to`, both or none. While it is held back at either end it
+    /// is not in flight at the other: sections of the two may wait for each other's ends otherwise.
+    #[track_caller]
+    pub(crate) fn admit_both<'a>(
+        &'a self,
+        co: &'a Co,
+        range: (u64, u64),
+        (to, to_offset): (&'a BlockBackend, u64),
+    ) -> Result<AdmittedBoth<'a>> {
+        loop {
+            to.root.wait_until_open(co);
+            let source = self.admit(co, range, RequestKind::Read)?;
+            let slot = source.graph.slot();
+            let target = to
+                .requests()
+                .begin(slot, to_offset, range.1, RequestKind::Write);
+            if to.requests().is_plain() || !to.root.must_queue() {
+                return Ok(AdmittedBoth { target, source });
+            }
+        }
     }
 
     /// What a disk checks: is it there, and does it have these bytes?
     #[inline]
-    pub(crate) fn check(&self, offset: u64, len: u64) -> Result<()> {
+    pub(crate) fn check(&self, admitted: &Admitted<'_>, offset: u64, len: u64) -> Result<()> {
+        self.check_range(admitted.closed, offset, len)
+    }
+
+    #[inline]
+    fn check_range(&self, closed: bool, offset: u64, len: u64) -> Result<()> {
         let size = self.node.len();
-        if self.requests.is_plain() && offset <= size && len <= size - offset {
+        if !closed && offset <= size && len <= size - offset {
             return Ok(());
         }
-        Err(self.refused(offset, len))
+        Err(self.refused(closed, offset, len))
     }
 
     #[cold]
-    fn refused(&self, offset: u64, len: u64) -> Error {
-        if self.requests.is_closed() {
+    fn refused(&self, closed: bool, offset: u64, len: u64) -> Error {
+        if closed {
             return self
                 .node
                 .locate(Error::new(ErrorKind::Closed, "The block backend is closed"));
@@ -370,8 +449,10 @@ impl BlockBackend {
     /// The first failure to write something out; everything is closed all the same. A second close
     /// does nothing.
     pub fn close(&self, co: &Co) -> Result<()> {
-        self.requests.close();
-        self.requests.wait_idle(co);
+        self.root.requests.close();
+        // Who is held back finds it closed.
+        self.root.open();
+        self.root.requests.wait_idle(co);
         if self.detach() {
             close_unused(co, &self.graph, self.node.clone())
         } else {
@@ -381,8 +462,90 @@ impl BlockBackend {
 
     /// `true` if the node has no user any more.
     fn detach(&self) -> bool {
-        !self.detached.swap(true, Ordering::AcqRel) && self.node.remove_user()
+        !self.detached.swap(true, Ordering::AcqRel)
+            && self
+                .node
+                .remove_user(&*self.root, |section| self.root.let_go(section))
     }
+}
+
+/// Drained sections, seen from the user.
+impl BlockBackend {
+    /// What is told of drained sections; replaces what was set before.
+    pub fn set_device(&self, device: Option<Arc<dyn Device>>) {
+        self.root.set_device(device);
+    }
+
+    /// Are requests held back in drained sections, as they are unless told otherwise? Off for a user
+    /// that would block its own pausing: it sends nothing in a section by itself (rule 5.6). Turning
+    /// it off lets those go on that wait.
+    pub fn set_request_queueing(&self, on: bool) {
+        self.root.set_queueing(on);
+    }
+
+    /// How many requests wait for a drained section to end.
+    pub fn queued(&self) -> usize {
+        self.root.queued()
+    }
+
+    /// Does a drained section hold requests back?
+    pub fn is_quiesced(&self) -> bool {
+        self.root.is_quiesced()
+    }
+
+    /// Begins an operation made of several requests. A section of this backend waits until it has
+    /// ended; one of its node does not, and holds its next request back (rule 5.6).
+    #[must_use = "it ends when this is dropped"]
+    pub fn operation(&self) -> Operation<'_> {
+        self.root.operation_begins();
+        Operation(&self.root)
+    }
+
+    pub(crate) fn operations(&self) -> u32 {
+        self.root.operations()
+    }
+
+    /// The device is not busy any more ([`Device::drained_poll`]): sections look again. Any thread.
+    pub fn kick(&self) {
+        self.root.requests.kick();
+    }
+}
+
+/// An operation made of several requests, until it is dropped.
+pub struct Operation<'a>(&'a Root);
+
+impl fmt::Debug for Operation<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Operation of {}", self.0.describe())
+    }
+}
+
+impl Drop for Operation<'_> {
+    fn drop(&mut self) {
+        self.0.operation_ends();
+    }
+}
+
+/// A request that may go on: counted in flight, and with the edges kept.
+pub(crate) struct Admitted<'a> {
+    /// Ends first.
+    request: Tracked<'a>,
+    pub(crate) graph: GraphRead<'a>,
+    /// The backend is closed: fails.
+    closed: bool,
+}
+
+impl<'a> Admitted<'a> {
+    /// Lets the edges go; the request stays in flight.
+    pub(crate) fn into_request(self) -> Tracked<'a> {
+        self.request
+    }
+}
+
+/// The same of a request between two backends.
+pub(crate) struct AdmittedBoth<'a> {
+    pub(crate) target: Tracked<'a>,
+    pub(crate) source: Admitted<'a>,
 }
 
 impl Drop for BlockBackend {
@@ -401,7 +564,7 @@ impl fmt::Debug for BlockBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BlockBackend")
             .field("node", &self.node)
-            .field("requests", &self.requests)
+            .field("requests", &self.root.requests)
             .finish_non_exhaustive()
     }
 }

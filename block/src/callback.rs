@@ -37,6 +37,9 @@ enum Stage {
     Over,
 }
 
+/// What a request is: its kind, its range, and for copies where to.
+type Submitted = (RequestKind, (u64, u64), Option<(Arc<BlockBackend>, u64)>);
+
 struct State {
     stage: Stage,
     waiters: Vec<WakeHandle>,
@@ -170,7 +173,7 @@ impl BlockBackend {
             let none = RequestFlags::empty();
             backend.node().pread(co, graph, offset, buf, none)
         };
-        self.submit(RequestKind::Read, range, buf, read, done)
+        self.submit((RequestKind::Read, range, None), buf, read, done)
     }
 
     /// Writes all of `buf` at `offset`; see [`BlockBackend::pwrite`].
@@ -190,7 +193,7 @@ impl BlockBackend {
             let buf = IoVec::from(&buf[..]);
             backend.node().pwrite(co, graph, offset, buf, flags)
         };
-        self.submit(RequestKind::Write, range, buf, write, done)
+        self.submit((RequestKind::Write, range, None), buf, write, done)
     }
 
     /// Makes the range read as zeros; see [`BlockBackend::pwrite_zeroes`].
@@ -206,7 +209,8 @@ impl BlockBackend {
             backend.node().pwrite_zeroes(co, graph, offset, len, flags)
         };
         let done = move |result, ()| done(result);
-        self.submit(RequestKind::Write, (offset, len), (), zero, done)
+        let request = (RequestKind::Write, (offset, len), None);
+        self.submit(request, (), zero, done)
     }
 
     /// Gives the storage of the range back; see [`BlockBackend::pdiscard`].
@@ -221,7 +225,8 @@ impl BlockBackend {
             backend.node().pdiscard(co, graph, offset, len)
         };
         let done = move |result, ()| done(result);
-        self.submit(RequestKind::Discard, (offset, len), (), discard, done)
+        let request = (RequestKind::Discard, (offset, len), None);
+        self.submit(request, (), discard, done)
     }
 
     /// Copies to another backend; see [`BlockBackend::copy_range`].
@@ -234,12 +239,14 @@ impl BlockBackend {
         len: u64,
         done: impl FnOnce(Result<()>) + Send + 'static,
     ) -> Result<AioRequest> {
+        let target = Some((to.clone(), to_offset));
         let to = to.clone();
         let copy = move |backend: &BlockBackend, co: &Co, graph: &GraphRead<'_>, _: &mut ()| {
-            backend.copy_range_counted(co, graph, offset, (&to, to_offset), len)
+            backend.copy_range_admitted(co, graph, offset, (&to, to_offset), len)
         };
         let done = move |result, ()| done(result);
-        self.submit(RequestKind::Read, (offset, len), (), copy, done)
+        let request = (RequestKind::Read, (offset, len), target);
+        self.submit(request, (), copy, done)
     }
 
     /// Everything whose callback was called before is on stable storage when `done` is; see
@@ -253,14 +260,13 @@ impl BlockBackend {
             backend.node().flush(co, graph)
         };
         let done = move |result, ()| done(result);
-        self.submit(RequestKind::Other, (0, 0), (), flush, done)
+        self.submit((RequestKind::Other, (0, 0), None), (), flush, done)
     }
 
     #[track_caller]
     fn submit<B: Send + 'static>(
         self: &Arc<Self>,
-        kind: RequestKind,
-        (offset, len): (u64, u64),
+        (kind, (offset, len), target): Submitted,
         mut buf: B,
         request: impl FnOnce(&BlockBackend, &Co, &GraphRead<'_>, &mut B) -> Result<()> + 'static,
         done: impl FnOnce(Result<()>, B) + Send + 'static,
@@ -280,14 +286,19 @@ impl BlockBackend {
         coblock_aio::spawn("aio request", move |co| {
             // Counted until the callback returned (rule 5.7); the graph is let go before, so that
             // the callback may do anything.
-            let (result, _counted) = match backend.graph().try_read(co) {
-                Ok(graph) => {
-                    let slot = graph.slot();
-                    let counted = backend.requests().begin(slot, offset, len, kind);
+            let range = (offset, len);
+            let admitted = match &target {
+                None => backend.admit(co, range, kind).map(|one| (one, None)),
+                Some((to, at)) => backend
+                    .admit_both(co, range, (to, *at))
+                    .map(|both| (both.source, Some(both.target))),
+            };
+            let (result, _counted) = match admitted {
+                Ok((admitted, target)) => {
                     let result = backend
-                        .check(offset, len)
-                        .and_then(|()| request(&backend, co, &graph, &mut buf));
-                    (result, Some(counted))
+                        .check(&admitted, offset, len)
+                        .and_then(|()| request(&backend, co, &admitted.graph, &mut buf));
+                    (result, Some((admitted.into_request(), target)))
                 }
                 Err(error) => (Err(error), None),
             };

@@ -1,5 +1,6 @@
 //! An edge of the graph: how a parent reaches its child, and only with a graph guard.
 
+use crate::drain::{Collected, Parent, Section};
 use crate::error::Result;
 use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget, Status};
@@ -18,33 +19,58 @@ pub struct Child {
     node: Arc<Node>,
     parent: OnceLock<Weak<Node>>,
     detached: AtomicBool,
+    /// The node below is drained, and this edge quiesced the parent, or will once it has one (rule
+    /// 5.4). Under the graph's lock of sections.
+    quiesced: AtomicBool,
 }
 
 impl Child {
     pub(crate) fn new(name: &str, role: ChildRole, node: Arc<Node>) -> Arc<Child> {
-        node.add_user();
-        Arc::new(Child {
+        let child = Arc::new(Child {
             name: name.to_owned(),
             role,
             node,
             parent: OnceLock::new(),
             detached: AtomicBool::new(false),
-        })
+            quiesced: AtomicBool::new(false),
+        });
+        let parent: Arc<dyn Parent> = child.clone();
+        child.node.add_user(&parent);
+        child
     }
 
     pub(crate) fn set_parent(&self, parent: &Arc<Node>) {
-        let set = self.parent.set(Arc::downgrade(parent));
-        assert!(
-            set.is_ok(),
-            "edge '{}' gets a second parent, {}",
-            self.name,
-            parent.name()
-        );
+        self.node.in_section(|section| {
+            let set = self.parent.set(Arc::downgrade(parent));
+            assert!(
+                set.is_ok(),
+                "edge '{}' gets a second parent, {}",
+                self.name,
+                parent.name()
+            );
+            if let Some(section) = section
+                && self.quiesced.load(Ordering::Relaxed)
+            {
+                parent.quiesce(section);
+            }
+        });
     }
 
     /// Gives up the node below. `true` if that was its last user: the caller closes it.
     pub(crate) fn detach(&self) -> bool {
-        !self.detached.swap(true, Ordering::AcqRel) && self.node.remove_user()
+        !self.detached.swap(true, Ordering::AcqRel)
+            && self.node.remove_user(self, |section| {
+                if self.quiesced.load(Ordering::Relaxed) {
+                    self.drained_end(section);
+                }
+            })
+    }
+
+    /// The parent, while it lives; kept until the lock of sections is let go.
+    fn parent_in(&self, section: &mut Section<'_>) -> Option<Arc<Node>> {
+        let parent = self.parent.get()?.upgrade()?;
+        section.nodes.push(parent.clone());
+        Some(parent)
     }
 
     pub(crate) fn below(&self) -> &Arc<Node> {
@@ -282,6 +308,31 @@ impl Child {
     /// `Invalid`, `ReadOnly` (errno `EACCES`), `NotSupported`, else what the driver returned.
     pub fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
         self.node.truncate(co, graph, len, exact)
+    }
+}
+
+/// Rule 5.1: what a node below asks for, the parent passes on upward.
+impl Parent for Child {
+    fn drained_begin(&self, section: &mut Section<'_>) {
+        let was = self.quiesced.swap(true, Ordering::Relaxed);
+        assert!(!was, "edge '{}' quiesces its parent twice", self.name);
+        if let Some(parent) = self.parent_in(section) {
+            parent.quiesce(section);
+        }
+    }
+
+    fn drained_end(&self, section: &mut Section<'_>) {
+        let was = self.quiesced.swap(false, Ordering::Relaxed);
+        assert!(was, "edge '{}' lets its parent go twice", self.name);
+        if let Some(parent) = self.parent_in(section) {
+            parent.unquiesce(section);
+        }
+    }
+
+    fn collect(self: Arc<Self>, section: &mut Section<'_>, busy: &mut Collected) {
+        if let Some(parent) = self.parent_in(section) {
+            parent.collect_busy(section, busy);
+        }
     }
 }
 

@@ -195,6 +195,13 @@ pub trait Driver: Send + Sync + 'static {
         ))
     }
 
+    /// A first drained section of the node begins: start nothing by yourself (rule 5.1). Under a
+    /// lock of the graph: neither waits nor calls anything of it.
+    fn drained_begin(&self) {}
+
+    /// The last drained section of the node ended.
+    fn drained_end(&self) {}
+
     /// The last call: nothing is in flight. Writes out what the driver holds. Suspends.
     ///
     /// # Errors

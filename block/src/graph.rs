@@ -1,6 +1,10 @@
 //! One graph: its nodes, its lock, its main context. Two of them in a process do not know each
 //! other.
 
+mod write;
+
+pub use write::GraphWrite;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph_lock::{ContextSlot, GraphLock, MAX_CONTEXTS, ReadLocked, TooManyContexts};
 use crate::node::Node;
@@ -15,12 +19,18 @@ use std::sync::{Arc, OnceLock, Weak};
 struct Nodes {
     by_name: BTreeMap<String, Weak<Node>>,
     next_automatic: u64,
+    /// Every node from its making to its end, in the order in which they were made.
+    all: BTreeMap<u64, Weak<Node>>,
+    next_serial: u64,
 }
 
 /// The block graph that `open` builds in. Everything that is global in the reference is in here.
 pub struct Graph {
     wait: Arc<AioWait>,
     lock: GraphLock,
+    /// How many sections of all nodes there are. Whatever changes who is quiesced, and edges
+    /// through which that spreads, is under this lock; see `drain.rs`.
+    pub(crate) sections: ThreadLock<u32>,
     nodes: ThreadLock<Nodes>,
     live: AtomicUsize,
 }
@@ -37,6 +47,7 @@ impl Graph {
         Arc::new(Graph {
             wait: Arc::new(AioWait::new(main)),
             lock: GraphLock::new(Box::new(kick)),
+            sections: ThreadLock::new(0),
             nodes: ThreadLock::new(Nodes::default()),
             live: AtomicUsize::new(0),
         })
@@ -168,13 +179,35 @@ impl Graph {
             .insert(node.name().to_owned(), Arc::downgrade(node));
     }
 
-    pub(crate) fn count_node(&self) {
-        self.live.fetch_add(1, Ordering::AcqRel);
+    /// A number for a node that is being made.
+    pub(crate) fn next_serial(&self) -> u64 {
+        let mut nodes = self.nodes.lock();
+        nodes.next_serial += 1;
+        nodes.next_serial
     }
 
-    pub(crate) fn forget_node(&self, name: &str) {
-        self.release_name(name);
+    /// Counts a new node. In sections of all nodes it is born drained (rule 5.3).
+    pub(crate) fn count_node(&self, serial: u64, node: &Arc<Node>) {
+        self.live.fetch_add(1, Ordering::AcqRel);
+        self.section(|section| {
+            node.born(section.all());
+            self.nodes.lock().all.insert(serial, Arc::downgrade(node));
+        });
+    }
+
+    pub(crate) fn forget_node(&self, serial: u64, name: &str) {
+        {
+            let mut nodes = self.nodes.lock();
+            nodes.all.remove(&serial);
+            nodes.by_name.remove(name);
+        }
         self.live.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// All that live, also those that are being opened.
+    pub(crate) fn all_nodes(&self) -> Vec<Arc<Node>> {
+        let nodes = self.nodes.lock();
+        nodes.all.values().filter_map(Weak::upgrade).collect()
     }
 }
 

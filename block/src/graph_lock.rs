@@ -1,13 +1,16 @@
-//! The reader half of the graph lock: what lets a request walk the edges (rules 7.1 to 7.4 and
-//! 7.7).
+//! The graph lock: what lets a request walk the edges, and one home change them (rules 7.1 to
+//! 7.8).
 //!
 //! Each event loop ("context") that sends requests into a graph has a *slot*: an index below
 //! [`MAX_CONTEXTS`] and, on a cache line of its own, a count of readers. Taking and releasing the
 //! lock are plain stores to that line; see `graph_lock/protocol.rs` for the order. What is rare is
 //! under one thread lock: which context has which slot, the counts that dead contexts left behind,
-//! and the readers that wait for a writer.
+//! the readers that wait for a writer, and who that is. The writer is in `graph_lock/writer.rs`.
 
 pub(crate) mod protocol;
+mod writer;
+
+pub(crate) use writer::WriteLocked;
 
 mod sync {
     pub(crate) use crate::sync::*;
@@ -20,6 +23,7 @@ use std::marker::PhantomData;
 use std::panic::Location;
 use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Weak};
+use std::thread::ThreadId;
 
 /// How many live contexts may send requests into one graph.
 pub const MAX_CONTEXTS: usize = 64;
@@ -67,6 +71,8 @@ struct Slow {
     /// Readers that wait for a writer, by ticket: first come, first woken.
     queue: BTreeMap<u64, WakeHandle>,
     next_ticket: u64,
+    /// Who owns the graph for writing, and where it was locked.
+    owner: Option<(ThreadId, &'static Location<'static>)>,
 }
 
 /// The lock of one graph.
@@ -167,7 +173,7 @@ impl GraphLock {
         };
         let slot = &self.slots[index];
         if !protocol::enter(&slot.count, &self.flags) {
-            self.enter_slow(co, slot);
+            self.enter_slow(co, slot, Location::caller());
         }
         Ok(ReadLocked {
             lock: self,
@@ -180,13 +186,14 @@ impl GraphLock {
 
     /// Counted, and a writer was seen. Returns counted, with no writer.
     #[cold]
-    fn enter_slow(&self, co: &Co, slot: &Slot) {
+    fn enter_slow(&self, co: &Co, slot: &Slot, at: &Location<'_>) {
         loop {
             let ticket = {
                 let mut slow = self.slow.lock();
                 if !self.flags.owned() {
                     return;
                 }
+                let owner = slow.owner;
                 let kick = protocol::leave(&slot.count, &self.flags);
                 let ticket = slow.next_ticket;
                 slow.next_ticket += 1;
@@ -195,7 +202,9 @@ impl GraphLock {
                 if kick {
                     (self.kick)();
                 }
-                Queued { lock: self, ticket }
+                let queued = Queued { lock: self, ticket };
+                refuse_under_write(co, owner, at);
+                queued
             };
             while self.slow.lock().queue.contains_key(&ticket.ticket) {
                 co.suspend();
@@ -207,14 +216,14 @@ impl GraphLock {
         }
     }
 
-    /// Readers of all contexts and those that dead contexts left behind (rules 7.3, 7.4).
+    /// Readers of all contexts and those that dead contexts left behind (rules 7.3, 7.4). Under the
+    /// mutex, so that no count is on its way from the one to the other.
     pub(crate) fn sum(&self) -> u32 {
-        let orphans = self.slow.lock().orphans;
-        protocol::sum(self.slots.iter().map(|slot| &slot.count), orphans)
+        let slow = self.slow.lock();
+        protocol::sum(self.slots.iter().map(|slot| &slot.count), slow.orphans)
     }
 
     /// Wakes all that wait, in the order in which they came.
-    #[cfg(test)]
     fn wake_queue(&self) {
         let queue = std::mem::take(&mut self.slow.lock().queue);
         for handle in queue.into_values() {
@@ -289,6 +298,24 @@ fn refuse_second(co: &Co, at: &Location<'_>) -> ! {
          pass that guard instead",
         co.id()
     )
+}
+
+/// Rule 7.7. A writer does not poll, so whoever reads on its thread does it from inside the
+/// section.
+fn refuse_under_write(
+    co: &Co,
+    owner: Option<(ThreadId, &'static Location<'static>)>,
+    at: &Location<'_>,
+) {
+    if let Some((thread, locked)) = owner
+        && thread == std::thread::current().id()
+    {
+        panic!(
+            "rule 7.7: coroutine {} takes the graph lock at {at} under the write lock taken at \
+             {locked}, which only ends after it",
+            co.id()
+        );
+    }
 }
 
 #[cfg(test)]

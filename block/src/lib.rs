@@ -8,9 +8,10 @@
 //!               drivers/        file, raw, null-co, sim
 //!               io/             a request's way through a node: align, serialise, split, bounce, copy, flush, status
 //!               node, child, driver     these three know each other
-//!               graph           all nodes, GraphRead
+//!               drain           drained sections: nothing new comes, nothing is in flight (5.1 to 5.11)
+//!               graph           all nodes, GraphRead, GraphWrite
 //!   below       request_table   requests in flight, who waits for whom
-//!               graph_lock      the reader half of 7.1 to 7.4
+//!               graph_lock      readers in every context, one writer in the main one (7.1 to 7.8)
 //!               options, error, types, sync
 //! ```
 //! A request is a function call down and a return up; `co: &Co` in a signature means that it may
@@ -33,6 +34,7 @@ pub mod types;
 mod backend;
 mod callback;
 mod child;
+mod drain;
 mod driver;
 mod error;
 mod graph;
@@ -42,13 +44,14 @@ mod node;
 mod open;
 mod sync;
 
-pub use backend::BlockBackend;
+pub use backend::{BlockBackend, Device, Operation};
 pub use callback::AioRequest;
 pub use child::Child;
+pub use drain::{BusyWith, Drain, DrainTimeout, Drained};
 pub use driver::{Driver, DriverRegistry, DriverStatus, OpenDriver, Place, Precision};
 pub use error::{Error, ErrorKind, Result, errno_text};
 pub use gate::{Beneath, DenyAll, Dependent, Explicit, LikeReference, OpenGate};
-pub use graph::{Graph, GraphCell, GraphRead};
+pub use graph::{Graph, GraphCell, GraphRead, GraphWrite};
 pub use graph_lock::{ContextSlot, MAX_CONTEXTS};
 pub use io::{Copied, CopySource, CopyTarget, Status};
 pub use mixed::Mixed;

@@ -8,14 +8,15 @@
 //! without recursion, what only it used.
 
 use crate::child::Child;
+use crate::drain::{Busy, Collected, Parent, Section};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, GraphCell, GraphRead};
 use crate::request_table::RequestTable;
 use crate::types::{ChildRole, FileId, Limits, MAX_LENGTH};
-use coblock_coroutine::{Co, CoMutex};
+use coblock_coroutine::{Co, CoMutex, ThreadLock};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 /// One node of the graph.
@@ -53,6 +54,13 @@ pub struct Node {
     graph: Weak<Graph>,
     children: GraphCell<Vec<Arc<Child>>>,
     users: AtomicUsize,
+    /// Edges and backends above.
+    parents: ThreadLock<Vec<Weak<dyn Parent>>>,
+    /// Drained sections that this node is in. Changed under the graph's lock of sections.
+    sections: AtomicU32,
+    /// Coroutines whose section of this node is about to begin (rule 5.1).
+    beginning: AtomicU32,
+    serial: u64,
     file_id: Option<FileId>,
 }
 
@@ -92,8 +100,8 @@ impl Node {
             )
             .at_file(&filename));
         }
-        graph.count_node();
-        Ok(Arc::new(Node {
+        let serial = graph.next_serial();
+        let node = Arc::new(Node {
             requests: RequestTable::new(),
             limits,
             whole_limits: below
@@ -112,9 +120,15 @@ impl Node {
             graph: Arc::downgrade(graph),
             children: GraphCell::empty(),
             users: AtomicUsize::new(0),
+            parents: ThreadLock::new(Vec::new()),
+            sections: AtomicU32::new(0),
+            beginning: AtomicU32::new(0),
+            serial,
             file_id,
             driver,
-        }))
+        });
+        graph.count_node(serial, &node);
+        Ok(node)
     }
 
     /// Gives the node its edges and makes it findable.
@@ -126,12 +140,35 @@ impl Node {
         graph.add_node(self);
     }
 
-    pub(crate) fn add_user(&self) {
+    /// One more user, which is quiesced if the node is drained (rule 5.4).
+    pub(crate) fn add_user(&self, parent: &Arc<dyn Parent>) {
         self.users.fetch_add(1, Ordering::AcqRel);
+        self.in_section(|section| {
+            self.parents.lock().push(Arc::downgrade(parent));
+            if let Some(section) = section
+                && self.is_drained()
+            {
+                parent.drained_begin(section);
+            }
+        });
     }
 
-    /// `true` if that was the last one.
-    pub(crate) fn remove_user(&self) -> bool {
+    /// One less; `true` if that was the last one. `let_go` undoes what the node did to it in drained
+    /// sections.
+    pub(crate) fn remove_user<P: Parent>(
+        &self,
+        parent: &P,
+        let_go: impl FnOnce(&mut Section<'_>),
+    ) -> bool {
+        let address = std::ptr::from_ref(parent).addr();
+        self.in_section(|section| {
+            let mut parents = self.parents.lock();
+            parents.retain(|weak| weak.as_ptr().addr() != address);
+            drop(parents);
+            if let Some(section) = section {
+                let_go(section);
+            }
+        });
         let before = self.users.fetch_sub(1, Ordering::AcqRel);
         assert!(
             before > 0,
@@ -139,6 +176,14 @@ impl Node {
             self.name
         );
         before == 1
+    }
+
+    /// Under the lock of sections; `None` after the graph has gone, when there are none.
+    pub(crate) fn in_section<R>(&self, f: impl FnOnce(Option<&mut Section<'_>>) -> R) -> R {
+        match self.graph.upgrade() {
+            Some(graph) => graph.section(|section| f(Some(section))),
+            None => f(None),
+        }
     }
 
     /// How many edges and backends use the node.
@@ -287,10 +332,110 @@ pub fn close_unused(co: &Co, graph: &Arc<Graph>, node: Arc<Node>) -> Result<()> 
     result
 }
 
+/// Drained sections, seen from the node.
+impl Node {
+    /// The graph that it is in.
+    ///
+    /// # Panics
+    /// When the graph has gone.
+    pub(crate) fn owner(&self) -> Arc<Graph> {
+        let graph = self.graph.upgrade();
+        graph.unwrap_or_else(|| panic!("node '{}' outlives its graph", self.name))
+    }
+
+    /// Is it in a drained section?
+    pub fn is_drained(&self) -> bool {
+        self.drained_sections() > 0
+    }
+
+    /// In how many drained sections it is, its own and those of children that reach up to it.
+    pub fn drained_sections(&self) -> u32 {
+        self.sections.load(Ordering::Relaxed)
+    }
+
+    /// Into a graph with that many sections of all nodes (rule 5.3).
+    pub(crate) fn born(&self, sections: u32) {
+        self.sections.store(sections, Ordering::Relaxed);
+        if sections > 0 {
+            self.driver.drained_begin();
+        }
+    }
+
+    /// Rule 5.1: on the first level parents send nothing new, then the driver.
+    pub(crate) fn quiesce(&self, section: &mut Section<'_>) {
+        if self.sections.fetch_add(1, Ordering::Relaxed) == 0 {
+            for parent in self.parents(section) {
+                parent.drained_begin(section);
+            }
+            self.driver.drained_begin();
+        }
+    }
+
+    /// Rule 5.2: on the last level the driver goes on, then parents.
+    pub(crate) fn unquiesce(&self, section: &mut Section<'_>) {
+        let before = self.sections.fetch_sub(1, Ordering::Relaxed);
+        assert!(
+            before > 0,
+            "node '{}' leaves a section that it is not in",
+            self.name
+        );
+        if before == 1 {
+            self.driver.drained_end();
+            for parent in self.parents(section) {
+                parent.drained_end(section);
+            }
+        }
+    }
+
+    /// Those that live; kept alive until the lock of sections is let go.
+    pub(crate) fn parents(&self, section: &mut Section<'_>) -> Vec<Arc<dyn Parent>> {
+        let parents: Vec<_> = self
+            .parents
+            .lock()
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect();
+        section.parents.extend(parents.iter().cloned());
+        parents
+    }
+
+    /// Adds this node and everything above it.
+    pub(crate) fn collect_busy(self: &Arc<Node>, section: &mut Section<'_>, busy: &mut Collected) {
+        if busy.add(self) {
+            for parent in self.parents(section) {
+                parent.collect(section, busy);
+            }
+        }
+    }
+
+    pub(crate) fn section_begins(&self) {
+        self.beginning.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn section_began(&self) {
+        self.beginning.fetch_sub(1, Ordering::SeqCst);
+        self.requests.kick();
+    }
+}
+
+impl Busy for Node {
+    fn table(&self) -> &RequestTable {
+        &self.requests
+    }
+
+    fn is_busy_otherwise(&self) -> bool {
+        self.beginning.load(Ordering::SeqCst) > 0
+    }
+
+    fn describe(&self) -> String {
+        format!("node '{}'", self.name)
+    }
+}
+
 impl Drop for Node {
     fn drop(&mut self) {
         if let Some(graph) = self.graph.upgrade() {
-            graph.forget_node(&self.name);
+            graph.forget_node(self.serial, &self.name);
         }
     }
 }

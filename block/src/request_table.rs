@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   RequestTable
-//!     special      serialising requests + CLOSED: zero on the fast path
+//!     special      serialising requests + QUIESCED + CLOSED: zero on the fast path
 //!     waiters      who looks for something to end: zero on the fast path
 //!     rows[slot]   one per context, made at its first request
 //!        live      bit i: place i is in use                 stored to by the context's home only,
@@ -31,7 +31,7 @@ mod sync {
 }
 
 use crate::graph_lock::{ContextSlot, MAX_CONTEXTS};
-use crate::sync::heavy_fence;
+use crate::sync::{heavy_fence, light_fence};
 use coblock_aio::{AioContext, AioWait};
 use coblock_coroutine::{Co, ThreadLock, WakeHandle};
 use protocol::{Live, Special, Waiters};
@@ -114,14 +114,14 @@ struct Wait {
 }
 
 /// Who waits.
-enum Wake {
+pub(crate) enum Wake {
     Coroutine(WakeHandle),
     /// Somebody outside of coroutines (rule 3.8).
     Outside(Arc<AioWait>),
 }
 
 impl Wake {
-    fn wake(&self) {
+    pub(crate) fn wake(&self) {
         match self {
             Wake::Coroutine(handle) => handle.wake(),
             Wake::Outside(wait) => wait.kick(),
@@ -138,6 +138,17 @@ struct Waits {
 }
 
 impl Waits {
+    fn push(&mut self, target: Target, wake: Wake) -> u64 {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.list.push(Wait {
+            ticket,
+            target,
+            wake,
+        });
+        ticket
+    }
+
     /// The turn of a request that is not admitted yet.
     fn turn_of(&self, key: Key) -> Option<u64> {
         self.pending
@@ -243,7 +254,7 @@ impl RequestTable {
         }
     }
 
-    /// Is nothing special going on: nobody serialises, and the table is open? Asked after
+    /// Is nothing special going on: nobody serialises, no section, and the table is open? Asked after
     /// [`RequestTable::begin`].
     #[inline]
     pub(crate) fn is_plain(&self) -> bool {
@@ -396,29 +407,25 @@ impl RequestTable {
     }
 
     fn enqueue<'a>(&'a self, waits: &mut Waits, target: Target, wake: Wake) -> Waiting<'a> {
-        let ticket = waits.next_ticket;
-        waits.next_ticket += 1;
-        waits.list.push(Wait {
-            ticket,
-            target,
-            wake,
-        });
         Waiting {
             table: self,
-            ticket,
+            ticket: waits.push(target, wake),
         }
     }
 
     /// A request ended and somebody waits: wakes whoever waits for it.
     #[cold]
     fn wake_waiters(&self, ended: Key) {
+        self.wake_those(|wait| match wait.target {
+            Target::Request(key) => key == ended,
+            Target::Any => true,
+        });
+    }
+
+    fn wake_those(&self, mut ours: impl FnMut(&Wait) -> bool) {
         let woken: Vec<Wait> = {
             let mut waits = self.waits.lock();
-            let ours = |wait: &mut Wait| match wait.target {
-                Target::Request(key) => key == ended,
-                Target::Any => true,
-            };
-            waits.list.extract_if(.., ours).collect()
+            waits.list.extract_if(.., |wait| ours(wait)).collect()
         };
         for wait in woken {
             wait.wake.wake();
@@ -470,15 +477,7 @@ struct Waiting<'a> {
 
 impl Waiting<'_> {
     fn wait(self, co: &Co) {
-        let listed = || {
-            self.table
-                .waits
-                .lock()
-                .list
-                .iter()
-                .any(|wait| wait.ticket == self.ticket)
-        };
-        while listed() {
+        while self.table.is_listed(self.ticket) {
             co.suspend();
         }
     }
@@ -486,11 +485,70 @@ impl Waiting<'_> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.table
-            .waits
-            .lock()
-            .list
-            .retain(|wait| wait.ticket != self.ticket);
+        self.table.unlist(self.ticket);
+    }
+}
+
+/// For drained sections, which look at many tables at once.
+impl RequestTable {
+    /// New requests of this user find [`RequestTable::is_quiesced`] (rule 5.5). Those that did not
+    /// are seen by who looks after a heavy fence.
+    pub(crate) fn set_quiesced(&self, on: bool) {
+        self.special.set_quiesced(on);
+    }
+
+    #[inline]
+    pub(crate) fn is_quiesced(&self) -> bool {
+        self.special.is_quiesced()
+    }
+
+    /// From here on requests that end wake who is listed. The caller issues the heavy fence before
+    /// it looks.
+    pub(crate) fn watch(&self) {
+        self.waiters.enter();
+    }
+
+    pub(crate) fn unwatch(&self) {
+        self.waiters.leave();
+    }
+
+    /// Is anything in flight, or busy otherwise? Then `wake` is listed, to be called when something
+    /// ends, and the ticket returned. `otherwise` is asked without a lock, after being listed: so
+    /// a [`RequestTable::kick`] that comes after it is not lost.
+    pub(crate) fn list_if_busy(
+        &self,
+        wake: impl FnOnce() -> Wake,
+        otherwise: impl FnOnce() -> bool,
+    ) -> Option<u64> {
+        let (ticket, in_flight) = {
+            let mut waits = self.waits.lock();
+            let in_flight = self.live().next().is_some();
+            let ticket = waits.push(Target::Any, wake());
+            (ticket, in_flight)
+        };
+        if in_flight || otherwise() {
+            return Some(ticket);
+        }
+        self.unlist(ticket);
+        None
+    }
+
+    pub(crate) fn is_listed(&self, ticket: u64) -> bool {
+        let waits = self.waits.lock();
+        waits.list.iter().any(|wait| wait.ticket == ticket)
+    }
+
+    pub(crate) fn unlist(&self, ticket: u64) {
+        let mut waits = self.waits.lock();
+        waits.list.retain(|wait| wait.ticket != ticket);
+    }
+
+    /// Something else ended that sections may wait for.
+    pub(crate) fn kick(&self) {
+        light_fence();
+        if self.waiters.any() {
+            self.wake_those(|wait| matches!(wait.target, Target::Any));
+        }
     }
 }
 

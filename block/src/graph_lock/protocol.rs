@@ -51,8 +51,9 @@ impl ReaderCount {
 
 /// "A writer waits" and "a writer owns" are two flags (rule 7.5).
 pub(crate) struct WriterFlags {
-    /// Readers that leave kick the writer.
-    waits: AtomicBool,
+    /// How many writers wait: readers that leave kick them. More than one where a callback that
+    /// runs while one waits wants to write, too.
+    waits: AtomicU32,
     /// Readers do not come in.
     owns: AtomicBool,
 }
@@ -60,7 +61,7 @@ pub(crate) struct WriterFlags {
 impl WriterFlags {
     pub(crate) fn new() -> Self {
         WriterFlags {
-            waits: AtomicBool::new(false),
+            waits: AtomicU32::new(0),
             owns: AtomicBool::new(false),
         }
     }
@@ -74,7 +75,7 @@ impl WriterFlags {
     /// Does a writer want to be kicked?
     #[inline]
     pub(crate) fn waited(&self) -> bool {
-        self.waits.load(Ordering::Acquire)
+        self.waits.load(Ordering::Acquire) != 0
     }
 }
 
@@ -102,21 +103,30 @@ pub(crate) fn sum<'a>(counts: impl Iterator<Item = &'a ReaderCount>, orphans: u3
     counts.fold(orphans, |sum, count| sum.wrapping_add(count.get()))
 }
 
-/// The writer's half, abstract: what rule 7.5 does with these words. The writer itself comes with
-/// graph changes.
-#[cfg(test)]
+/// The writer's half: what rule 7.5 does with these words.
 pub(crate) mod writer {
     use super::super::sync::heavy_fence;
     use super::{Ordering, ReaderCount, WriterFlags, sum};
 
-    /// From here on every reader that leaves kicks.
+    /// One more writer waits: from here on every reader that leaves kicks.
     pub(crate) fn announce(flags: &WriterFlags) {
-        flags.waits.store(true, Ordering::SeqCst);
+        flags.waits.fetch_add(1, Ordering::SeqCst);
         heavy_fence();
     }
 
+    /// One writer less waits.
+    pub(crate) fn retract(flags: &WriterFlags) {
+        flags.waits.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Is it worth trying? A scan that reads low says yes, and the exact one then decides (rule
+    /// 7.3).
+    pub(crate) fn looks_free(sum: u32) -> bool {
+        sum.cast_signed() <= 0
+    }
+
     /// Sets the flag, fences, sums again; not zero: takes the flag back, and the caller wakes the
-    /// queue.
+    /// queue. Under the mutex: no context dies between its count and the orphans.
     pub(crate) fn try_own<'a>(
         flags: &WriterFlags,
         counts: impl Iterator<Item = &'a ReaderCount>,
@@ -139,6 +149,5 @@ pub(crate) mod writer {
     /// Under the mutex of the queue; the caller wakes the queue afterwards.
     pub(crate) fn release(flags: &WriterFlags) {
         flags.owns.store(false, Ordering::SeqCst);
-        flags.waits.store(false, Ordering::SeqCst);
     }
 }

@@ -1,5 +1,4 @@
-//! Rules 7.1 to 7.4 and 7.7, with an abstract writer in place of the one that comes with graph
-//! changes.
+//! Rules 7.1 to 7.7.
 
 use super::protocol::writer;
 use super::*;
@@ -27,26 +26,15 @@ fn lock() -> (Arc<GraphLock>, Arc<AtomicUsize>) {
 }
 
 impl GraphLock {
-    fn try_own(&self) -> bool {
-        let orphans = self.slow.lock().orphans;
-        writer::try_own(
-            &self.flags,
-            self.slots.iter().map(|slot| &slot.count),
-            orphans,
-        )
+    /// Owns if nobody reads, as on another thread: readers of this one queue.
+    fn own(&self) -> bool {
+        let owned = self.try_own(Location::caller());
+        self.slow.lock().owner = None;
+        owned
     }
 
     fn queued(&self) -> usize {
         self.slow.lock().queue.len()
-    }
-
-    /// Rule 7.6: the flag goes under the mutex, then the queue is woken.
-    fn release(&self) {
-        {
-            let _slow = self.slow.lock();
-            writer::release(&self.flags);
-        }
-        self.wake_queue();
     }
 }
 
@@ -81,7 +69,7 @@ fn a_reader_counts_in_its_own_context() {
 fn readers_wait_for_a_writer_and_come_in_order() {
     let (lock, _) = lock();
     let home = home("readers");
-    assert!(lock.try_own(), "nobody reads");
+    assert!(lock.own(), "nobody reads");
     let order = Rc::new(RefCell::new(Vec::new()));
     for n in 0..5 {
         let (lock, order) = (lock.clone(), order.clone());
@@ -110,7 +98,7 @@ fn readers_wait_for_a_writer_and_come_in_order() {
 fn a_stray_wake_does_not_let_a_reader_in() {
     let (lock, _) = lock();
     let home = home("stray");
-    assert!(lock.try_own());
+    assert!(lock.own());
     let (handle, inside) = (Rc::new(RefCell::new(None)), Rc::new(Cell::new(false)));
     home.spawn("reader", {
         let (lock, handle, inside) = (lock.clone(), handle.clone(), inside.clone());
@@ -138,11 +126,11 @@ fn leaving_readers_kick_a_waiting_writer() {
     home.run(|co| {
         let guard = lock.read(co, co.home().unwrap()).unwrap();
         writer::announce(&lock.flags);
-        assert!(!lock.try_own(), "somebody reads");
+        assert!(!lock.own(), "somebody reads");
         assert_eq!(kicks.load(Ordering::Relaxed), 0);
         drop(guard);
         assert_eq!(kicks.load(Ordering::Relaxed), 1);
-        assert!(lock.try_own());
+        assert!(lock.own());
     });
     lock.release();
     home.close();
@@ -166,14 +154,14 @@ fn a_dead_context_leaves_its_count_to_the_orphans() {
         let orphans = lock.slow.lock().orphans;
         assert_eq!((orphans, lock.sum()), (1, 2));
         drop(guard);
-        assert!(!lock.try_own(), "the orphan still reads");
+        assert!(!lock.own(), "the orphan still reads");
         let _ = protocol::leave(&lock.slots[0].count, &lock.flags);
         assert_eq!(
             lock.slots[0].count.get(),
             u32::MAX,
             "one count alone may be negative"
         );
-        assert!(lock.try_own(), "the sum is exact");
+        assert!(lock.own(), "the sum is exact");
     });
     lock.release();
     next.close();
@@ -214,7 +202,7 @@ fn a_second_read_lock_is_refused() {
 fn an_unwound_reader_leaves_the_queue() {
     let (lock, _) = lock();
     let home = home("by hand");
-    assert!(lock.try_own());
+    assert!(lock.own());
     let schedule: Arc<dyn Schedule> = home.context().clone();
     let inner = lock.clone();
     let reader = coblock_coroutine::Coroutine::new(move |co| {
@@ -256,7 +244,7 @@ fn a_writer_that_owns_is_alone() {
     let mut owned = 0;
     let end = std::time::Instant::now() + std::time::Duration::from_millis(300);
     while std::time::Instant::now() < end || owned == 0 {
-        if lock.try_own() {
+        if lock.own() {
             for _ in 0..100 {
                 assert_eq!(
                     inside.load(Ordering::SeqCst),
@@ -275,4 +263,138 @@ fn a_writer_that_owns_is_alone() {
     stop.store(true, Ordering::Relaxed);
     assert!(reader.join().unwrap() > 0);
     assert_eq!(lock.sum(), 0);
+}
+
+/// Polls `home` as the graph does.
+fn polling(home: &Home) -> impl Fn(&mut dyn FnMut() -> bool) + '_ {
+    move |condition| {
+        home.with(|| {
+            while condition() {
+                coblock_aio::poll(true);
+            }
+        });
+    }
+}
+
+/// Kicks `home`, as the graph does.
+fn lock_of(home: &Home) -> Arc<GraphLock> {
+    let context = home.context().clone();
+    Arc::new(GraphLock::new(Box::new(move || context.notify())))
+}
+
+/// Rule 7.5: while a writer waits, the loop goes on and readers come in; it owns when all have
+/// left.
+#[test]
+fn rule_7_5_a_writer_waits_with_readers_admitted() {
+    let home = home("writer");
+    let lock = lock_of(&home);
+    let steps = Rc::new(RefCell::new(Vec::new()));
+    home.spawn("reader", {
+        let (lock, steps) = (lock.clone(), steps.clone());
+        move |co| {
+            let first = lock.read(co, co.home().unwrap()).unwrap();
+            coblock_aio::co::reschedule(co);
+            assert!(lock.flags.waited(), "the writer waits by now");
+            // What needs the lock while a writer waits does not hang.
+            coblock_aio::spawn("another", {
+                let (lock, steps) = (lock.clone(), steps.clone());
+                move |co| {
+                    let _second = lock.read(co, co.home().unwrap()).unwrap();
+                    steps.borrow_mut().push("another reads");
+                    coblock_aio::co::reschedule(co);
+                    steps.borrow_mut().push("another ends");
+                }
+            })
+            .unwrap();
+            drop(first);
+            steps.borrow_mut().push("the first ends");
+        }
+    });
+    let written = lock.write(polling(&home));
+    assert_eq!(
+        *steps.borrow(),
+        ["another reads", "the first ends", "another ends"]
+    );
+    assert!(lock.flags.owned() && !lock.flags.waited());
+    drop(written);
+    assert!(!lock.flags.owned());
+    home.close();
+}
+
+/// Rule 7.5: a callback that runs while one writer waits may write itself.
+#[test]
+fn rule_7_5_a_callback_writes_while_a_writer_waits() {
+    let home = home("writers");
+    let lock = lock_of(&home);
+    let inner = Arc::new(AtomicUsize::new(0));
+    home.spawn("reader", {
+        let lock = lock.clone();
+        move |co| {
+            let _guard = lock.read(co, co.home().unwrap()).unwrap();
+            coblock_aio::co::reschedule(co);
+            coblock_aio::co::reschedule(co);
+        }
+    });
+    home.context().oneshot({
+        let (lock, inner) = (lock.clone(), inner.clone());
+        move || {
+            let written = lock.write(|condition| {
+                while condition() {
+                    coblock_aio::poll(true);
+                }
+            });
+            inner.fetch_add(1, Ordering::Relaxed);
+            drop(written);
+            assert!(lock.flags.waited(), "the outer one still waits");
+        }
+    });
+    let written = lock.write(polling(&home));
+    assert_eq!(inner.load(Ordering::Relaxed), 1);
+    drop(written);
+    home.close();
+}
+
+/// Rule 7.7: a writer under a writer is refused, with both places named.
+#[test]
+fn rule_7_7_a_second_writer_is_refused() {
+    let home = home("twice");
+    let lock = lock_of(&home);
+    let _first = lock.write(polling(&home));
+    let second = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        drop(lock.write(polling(&home)));
+    }));
+    let told = *second.unwrap_err().downcast::<String>().unwrap();
+    assert!(
+        told.contains("rule 7.7") && told.matches("tests.rs").count() == 2,
+        "{told}"
+    );
+}
+
+/// Rule 7.7: a reader under the writer of its thread would wait for ever, and is refused.
+#[test]
+fn rule_7_7_read_under_write_is_refused() {
+    let home = home("under");
+    let lock = lock_of(&home);
+    let written = lock.write(polling(&home));
+    let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        home.run(|co| drop(lock.read(co, co.home().unwrap())));
+    }));
+    let told = *read.unwrap_err().downcast::<String>().unwrap();
+    assert!(
+        told.contains("rule 7.7") && told.matches("tests.rs").count() == 2,
+        "{told}"
+    );
+    assert_eq!((lock.queued(), lock.sum()), (0, 0), "it left nothing");
+    drop(written);
+    home.run(|co| drop(lock.read(co, co.home().unwrap()).unwrap()));
+    home.close();
+}
+
+/// Rules 7.5, 7.7: write under read: a coroutine does not write.
+#[test]
+#[should_panic(expected = "rule 7.5")]
+fn rule_7_5_a_coroutine_does_not_write() {
+    let home = home("coroutine");
+    let lock = lock_of(&home);
+    home.run(|_co| drop(lock.write(|_| ())));
 }

@@ -18,6 +18,8 @@ use super::sync::{AtomicU32, AtomicU64, Ordering, heavy_fence, light_fence};
 
 /// In [`Special`]: new requests are refused.
 const CLOSED: u32 = 1 << 31;
+/// In [`Special`]: a drained section holds new requests back.
+const QUIESCED: u32 = 1 << 30;
 
 /// Which of 64 places are in use. Stored to by the home of its context only.
 pub(crate) struct Live(AtomicU64);
@@ -82,6 +84,20 @@ impl Special {
         self.0.fetch_or(CLOSED, Ordering::SeqCst) & CLOSED == 0
     }
 
+    /// A look at [`Live`] comes after a heavy fence.
+    pub(crate) fn set_quiesced(&self, on: bool) {
+        if on {
+            self.0.fetch_or(QUIESCED, Ordering::SeqCst);
+        } else {
+            self.0.fetch_and(!QUIESCED, Ordering::SeqCst);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn is_quiesced(&self) -> bool {
+        self.0.load(Ordering::Acquire) & QUIESCED != 0
+    }
+
     /// One more serialising request. A look at [`Live`] comes after [`Waiters::announce`].
     pub(crate) fn raise(&self) {
         self.0.fetch_add(1, Ordering::SeqCst);
@@ -108,8 +124,13 @@ impl Waiters {
 
     /// From here on each request that ends wakes. Then look at [`Live`], and only then sleep.
     pub(crate) fn announce(&self) {
-        self.0.fetch_add(1, Ordering::SeqCst);
+        self.enter();
         heavy_fence();
+    }
+
+    /// The same for who looks at many tables and issues one heavy fence for all of them.
+    pub(crate) fn enter(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
     }
 
     pub(crate) fn leave(&self) {

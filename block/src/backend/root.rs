@@ -1,0 +1,280 @@
+//! A backend as its node sees it: what holds requests back in a drained section (rules 5.5, 5.6).
+//!
+//! ```text
+//!   request: begin in the table (counted) -> section? no: go on
+//!                                            yes: not counted any more, queue
+//!   last end: count each in `resuming`, wake it; it begins in the table, then leaves `resuming`
+//! ```
+//! Whether there is a section is a bit in the request table, which every request looks at anyway.
+//! That test is repeated under the queue's lock, in one step with enqueueing.
+
+use crate::drain::{Busy, Collected, Parent, Section};
+use crate::request_table::RequestTable;
+use coblock_coroutine::{Co, ThreadLock, WakeHandle};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// What a device, an export or another user of a backend does in drained sections (rules 5.1, 5.5,
+/// 5.9).
+///
+/// `drained_begin`, `drained_end` and `drained_poll` are called under a lock of the graph: they
+/// neither wait nor call anything of the graph or a backend but [`BlockBackend::kick`].
+///
+/// [`BlockBackend::kick`]: crate::BlockBackend::kick
+pub trait Device: Send + Sync {
+    /// A first section begins: send nothing new.
+    fn drained_begin(&self) {}
+
+    /// The last section ended.
+    fn drained_end(&self) {}
+
+    /// Is it still busy with something that is no request? Whoever changes that calls
+    /// [`BlockBackend::kick`](crate::BlockBackend::kick).
+    fn drained_poll(&self) -> bool {
+        false
+    }
+
+    /// All nodes are being drained: when this returns nothing is new or pending outside of the main
+    /// context. It may stop a thread of the device and save where in its queues it is; the device
+    /// goes on after the section, with the guest's next notification (rule 5.9). Called in the main
+    /// context, without locks.
+    fn drain_threads(&self) {}
+}
+
+#[derive(Default)]
+struct Gate {
+    /// Rule 5.4: the node is drained, and told so through this edge.
+    quiesced: bool,
+    /// Rule 5.6: off for who would block its own pausing.
+    no_queueing: bool,
+    /// By ticket: first come, first served.
+    queue: BTreeMap<u64, Queued>,
+    next_ticket: u64,
+    device: Option<Arc<dyn Device>>,
+}
+
+struct Queued {
+    handle: WakeHandle,
+    /// Does it go on as a request, counted, or only look again?
+    counted: bool,
+}
+
+impl Gate {
+    fn must_queue(&self) -> bool {
+        self.quiesced && !self.no_queueing
+    }
+
+    /// Lets all go on that wait. Each is counted before it is woken.
+    fn open(&mut self, resuming: &AtomicU32, woken: &mut Vec<WakeHandle>) {
+        for (_, queued) in std::mem::take(&mut self.queue) {
+            if queued.counted {
+                resuming.fetch_add(1, Ordering::SeqCst);
+            }
+            woken.push(queued.handle);
+        }
+    }
+}
+
+/// What a backend and its node share.
+pub(crate) struct Root {
+    pub(crate) requests: RequestTable,
+    gate: ThreadLock<Gate>,
+    /// Woken, and not in the table yet.
+    resuming: AtomicU32,
+    /// Operations made of several requests (rule 5.6).
+    operations: AtomicU32,
+    /// For people.
+    name: String,
+}
+
+impl Root {
+    pub(crate) fn new(name: String) -> Arc<Root> {
+        Arc::new(Root {
+            requests: RequestTable::new(),
+            gate: ThreadLock::new(Gate::default()),
+            resuming: AtomicU32::new(0),
+            operations: AtomicU32::new(0),
+            name,
+        })
+    }
+
+    pub(crate) fn is_quiesced(&self) -> bool {
+        self.requests.is_quiesced()
+    }
+
+    pub(crate) fn set_device(&self, device: Option<Arc<dyn Device>>) {
+        self.gate.lock().device = device;
+    }
+
+    pub(crate) fn set_queueing(&self, on: bool) {
+        self.gate.lock().no_queueing = !on;
+        if !on {
+            self.open();
+        }
+    }
+
+    pub(crate) fn queued(&self) -> usize {
+        self.gate.lock().queue.len()
+    }
+
+    /// Must a request that finds a section queue? Asked by one that is in the table.
+    pub(crate) fn must_queue(&self) -> bool {
+        self.is_quiesced() && !self.requests.is_closed() && self.gate.lock().must_queue()
+    }
+
+    /// Suspends while a section holds requests back. The caller is counted in flight from the end
+    /// of the section on, until the guard is dropped. `None`: there is none, look again.
+    pub(crate) fn wait_as_request(&self, co: &Co) -> Option<Resuming<'_>> {
+        self.wait(co, true).then_some(Resuming(self))
+    }
+
+    /// Suspends while a section holds requests back. There may be one again on return.
+    pub(crate) fn wait_until_open(&self, co: &Co) {
+        self.wait(co, false);
+    }
+
+    fn wait(&self, co: &Co, counted: bool) -> bool {
+        let waiting = {
+            let mut gate = self.gate.lock();
+            if !gate.must_queue() || self.requests.is_closed() {
+                return false;
+            }
+            let ticket = gate.next_ticket;
+            gate.next_ticket += 1;
+            let handle = co.wake_handle();
+            gate.queue.insert(ticket, Queued { handle, counted });
+            Waiting {
+                root: self,
+                ticket,
+                counted,
+                done: false,
+            }
+        };
+        waiting.wait(co);
+        true
+    }
+
+    /// All that wait go on: after the last section, or to find the backend closed.
+    pub(crate) fn open(&self) {
+        let mut woken = Vec::new();
+        self.gate.lock().open(&self.resuming, &mut woken);
+        for handle in woken {
+            handle.wake();
+        }
+    }
+
+    pub(crate) fn operation_begins(&self) {
+        self.operations.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn operation_ends(&self) {
+        self.operations.fetch_sub(1, Ordering::SeqCst);
+        self.requests.kick();
+    }
+
+    pub(crate) fn operations(&self) -> u32 {
+        self.operations.load(Ordering::SeqCst)
+    }
+
+    /// The edge goes: what the node did through it is undone (rule 5.4).
+    pub(crate) fn let_go(&self, section: &mut Section<'_>) {
+        let quiesced = self.gate.lock().quiesced;
+        if quiesced {
+            self.drained_end(section);
+        }
+    }
+}
+
+/// A request that was held back and is not in the table yet.
+pub(crate) struct Resuming<'a>(&'a Root);
+
+impl Drop for Resuming<'_> {
+    fn drop(&mut self) {
+        self.0.resuming.fetch_sub(1, Ordering::SeqCst);
+        self.0.requests.kick();
+    }
+}
+
+/// A place in the queue; a coroutine that is unwound while it waits leaves it.
+struct Waiting<'a> {
+    root: &'a Root,
+    ticket: u64,
+    counted: bool,
+    done: bool,
+}
+
+impl Waiting<'_> {
+    fn wait(mut self, co: &Co) {
+        while self.root.gate.lock().queue.contains_key(&self.ticket) {
+            co.suspend();
+        }
+        self.done = true;
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        let left = self.root.gate.lock().queue.remove(&self.ticket);
+        if left.is_none() && self.counted {
+            drop(Resuming(self.root));
+        }
+    }
+}
+
+impl Parent for Root {
+    fn drained_begin(&self, _section: &mut Section<'_>) {
+        let mut gate = self.gate.lock();
+        assert!(
+            !gate.quiesced,
+            "{} is quiesced twice through one edge",
+            self.name
+        );
+        gate.quiesced = true;
+        self.requests.set_quiesced(true);
+        if let Some(device) = &gate.device {
+            device.drained_begin();
+        }
+    }
+
+    fn drained_end(&self, section: &mut Section<'_>) {
+        let mut gate = self.gate.lock();
+        assert!(
+            gate.quiesced,
+            "{} is let go and was not quiesced",
+            self.name
+        );
+        gate.quiesced = false;
+        self.requests.set_quiesced(false);
+        if let Some(device) = &gate.device {
+            device.drained_end();
+        }
+        gate.open(&self.resuming, &mut section.woken);
+    }
+
+    fn collect(self: Arc<Self>, _section: &mut Section<'_>, busy: &mut Collected) {
+        busy.add(&self);
+    }
+
+    fn device(&self) -> Option<Arc<dyn Device>> {
+        self.gate.lock().device.clone()
+    }
+}
+
+impl Busy for Root {
+    fn table(&self) -> &RequestTable {
+        &self.requests
+    }
+
+    fn is_busy_otherwise(&self) -> bool {
+        self.resuming.load(Ordering::SeqCst) > 0
+            || self.device().is_some_and(|device| device.drained_poll())
+    }
+
+    fn describe(&self) -> String {
+        self.name.clone()
+    }
+}
