@@ -8,10 +8,12 @@
 //! Delays are on the clock of the context in which a request runs; with a virtual one a run depends
 //! on its seeds and on nothing else.
 
+mod cut;
 mod disk;
 mod fault;
 mod pages;
 
+pub use cut::PowerCuts;
 pub use disk::{Counts, Keep, LogEntry, SECTOR, SimDisk};
 pub use fault::{Fault, Hold, Match, Op};
 

@@ -7,23 +7,65 @@
 //!
 //! * nothing pending arrives, or everything;
 //! * all but one, for each one: whatever should have waited for it did not;
-//! * a few random choices, sector by sector;
+//! * sixteen random choices, sector by sector;
 //! * everything, with the newest write torn at each 512 bytes. (An older torn write is its own
 //!   prefix's newest.)
+//!
+//! Different choices often leave the same bytes; such a state is counted once, and looked at once.
 
-use coblock::block::drivers::sim::{Keep, LogEntry, SimDisk};
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 
+use coblock::block::drivers::sim::{Keep, LogEntry, PowerCuts};
+
+use super::judge::{Judge, Verdict};
+use super::model::Content;
+use super::peer;
+use super::play::Played;
 use super::rng::Rng;
 
 /// Random choices for each place.
-const CHOICES: u64 = 4;
+const CHOICES: u64 = 16;
 
-/// Most places at which one write is torn; a longer one is torn at evenly spread ones.
-const TEARS: u64 = 16;
+/// States whose contents are remembered.
+const REMEMBERED: usize = 1 << 10;
 
-/// What may have arrived when the power went after `at` entries of `log`, the log of `disk`.
-pub fn choices(disk: &SimDisk, log: &[LogEntry], at: usize, rng: &mut Rng) -> Vec<Keep> {
-    let pending = disk.pending_at(at);
+/// Which states are judged by more than our own oracles.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// Every so many states the reference checks one.
+    pub reference: u64,
+    /// Every so many states one is written to from end to end.
+    pub goes_on: u64,
+}
+
+/// What was judged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Places of the log.
+    pub places: u64,
+    /// Choices of what arrived, over all places.
+    pub choices: u64,
+    /// Of these, the ones that left bytes which no choice shortly before had left: reopened and
+    /// checked.
+    pub states: u64,
+    /// States that the reference checked too.
+    pub reference: u64,
+}
+
+impl Counted {
+    /// Adds.
+    pub fn add(&mut self, more: Counted) {
+        self.places += more.places;
+        self.choices += more.choices;
+        self.states += more.states;
+        self.reference += more.reference;
+    }
+}
+
+/// What may have arrived when the power goes here.
+pub fn choices(cuts: &PowerCuts, at: usize, rng: &mut Rng) -> Vec<Keep> {
+    let pending = cuts.pending();
     if pending == 0 {
         return vec![Keep::Nothing];
     }
@@ -31,17 +73,88 @@ pub fn choices(disk: &SimDisk, log: &[LogEntry], at: usize, rng: &mut Rng) -> Ve
     if pending > 1 {
         // With one pending this is "nothing".
         keeps.extend((0..pending).map(Keep::AllBut));
-        keeps.extend((0..CHOICES).map(|_| Keep::Seed(rng.next())));
     }
+    keeps.extend((0..CHOICES).map(|_| Keep::Seed(rng.next())));
     // Only where the cut comes just after the write was sent: later cuts would tear it again.
-    if let Some(LogEntry::Write { data, .. }) = log[..at].last() {
+    if at > 0
+        && let LogEntry::Write { data, .. } = cuts.entry(at - 1)
+    {
         let sectors = data.len().div_ceil(512) as u64;
-        let step = (sectors / TEARS).max(1);
-        keeps.extend(
-            (step..sectors)
-                .step_by(usize::try_from(step).expect("a small write"))
-                .map(Keep::Torn),
-        );
+        keeps.extend((1..sectors).map(Keep::Torn));
     }
     keeps
+}
+
+/// Contents of states seen lately, by digest.
+#[derive(Default)]
+struct Seen {
+    units: HashMap<u64, Rc<Vec<Content>>>,
+    order: VecDeque<u64>,
+}
+
+impl Seen {
+    fn remember(&mut self, digest: u64, units: Vec<Content>) {
+        self.units.insert(digest, Rc::new(units));
+        self.order.push_back(digest);
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.units.remove(&oldest);
+        }
+    }
+}
+
+/// Cuts the power at `places` of a run's log and judges every state.
+///
+/// # Errors
+/// The first state that is wrong: where the cut was, what arrived, and what an oracle said.
+pub fn cut_at(
+    judge: &Judge,
+    played: &Played,
+    places: impl IntoIterator<Item = usize>,
+    sample: Sample,
+) -> Verdict<Counted> {
+    let mut cuts = played.stage.disk.power_cuts();
+    let mut rng = Rng::new(!played.stage.setting.seed);
+    let mut counted = Counted::default();
+    let mut seen = Seen::default();
+    let folder = tempfile::tempdir().map_err(|e| format!("a folder: {e}"))?;
+    for at in places {
+        cuts.go_to(at);
+        counted.places += 1;
+        for keep in choices(&cuts, at, &mut rng) {
+            let story = |why: String| {
+                let len = cuts.log_len();
+                format!("power cut after {at} of {len} entries, kept {keep:?}: {why}")
+            };
+            counted.choices += 1;
+            let (left, digest) = cuts.left(&keep);
+            if let Some(units) = seen.units.get(&digest) {
+                // The same bytes, but more may have been flushed or begun.
+                let judged = played.history.units_after_power_cut(at, units);
+                judged.map_err(|v| story(v.to_string()))?;
+                continue;
+            }
+            counted.states += 1;
+            let units = judge
+                .after_power_cut(&played.stage, &played.history, at, &left)
+                .map_err(story)?;
+            seen.remember(digest, units);
+            if counted.states.is_multiple_of(sample.reference) && peer::present("power cuts") {
+                judge
+                    .reference_agrees(&played.stage, &left, folder.path())
+                    .map_err(story)?;
+                counted.reference += 1;
+            }
+            if counted.states.is_multiple_of(sample.goes_on) {
+                judge.goes_on(&played.stage, &left).map_err(story)?;
+            }
+        }
+    }
+    Ok(counted)
+}
+
+/// The same at every place.
+pub fn cut_everywhere(judge: &Judge, played: &Played, sample: Sample) -> Verdict<Counted> {
+    cut_at(judge, played, 0..=played.log.len(), sample)
 }

@@ -10,8 +10,9 @@
 //! | [`files`] | a script on real files |
 //! | [`load`] | sends a script's requests, many at once, and asks the model about each |
 //! | [`script`] | the language: settings and operations, as values and as text |
-//! | [`swarm`] | scripts that a seed draws |
+//! | [`swarm`], [`scripts`] | scripts that a seed draws; scripts in files |
 //! | [`model`] | what a byte of the disk may read as, now and after a power cut |
+//! | [`power_cuts`] | part: the power goes at every write |
 //! | [`crash`] | the states that a power cut may leave |
 //! | [`sim`], [`session`] | contexts in virtual and in real time |
 //! | [`image`], [`soundness`], [`peer`] | empty images; our check; the reference's tools |
@@ -36,9 +37,11 @@ pub mod part;
 pub mod parts;
 pub mod peer;
 pub mod play;
+pub mod power_cuts;
 pub mod rng;
 pub mod run;
 pub mod script;
+pub mod scripts;
 pub mod session;
 pub mod sim;
 pub mod soundness;

@@ -1,9 +1,11 @@
 //! The program of the machine; `cargo xtask reliability` and `cargo xtask sim` run it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use coblock_reliability::part::{Plan, Scale};
+use coblock_reliability::power_cuts::{judge_script, workload};
+use coblock_reliability::script::Script;
 use coblock_reliability::{parts, run};
 
 const USAGE: &str = "\
@@ -16,6 +18,8 @@ Runs every part of the reliability machine and prints what each shows.
   --release-figures   what is run before a release
   --part NAME         only this part; may be given several times
   --jobs N            threads (default: one for each core)
+  --script FILE       plays this script, or the one of that name in scripts/, and cuts the power everywhere
+  --power-cuts-of N   the same for the workload of a seed
   --json FILE         where the figures go (default: nowhere)
   --docs FILE         where the page with the figures goes (default: nowhere)
 ";
@@ -35,6 +39,22 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A path, or the name of one of our scripts.
+fn script_path(name: &str) -> PathBuf {
+    let ours = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("scripts")
+        .join(name);
+    if ours.exists() { ours } else { name.into() }
+}
+
+/// Plays a script and cuts the power everywhere.
+fn one_script(script: &Script) -> Result<bool, String> {
+    println!("{script}");
+    let counted = judge_script(script)?;
+    println!("{counted:?}");
+    Ok(true)
 }
 
 /// Runs parts; true if nothing failed.
@@ -57,6 +77,17 @@ fn reliability(words: &[String]) -> Result<bool, String> {
             "--release-figures" => plan.scale = Scale::Release,
             "--part" => names.push(value()?.clone()),
             "--jobs" => plan.jobs = value()?.parse().map_err(|e| format!("--jobs: {e}"))?,
+            "--script" => {
+                let text = std::fs::read_to_string(script_path(value()?))
+                    .map_err(|e| format!("--script: {e}"))?;
+                return one_script(&text.parse()?);
+            }
+            "--power-cuts-of" => {
+                let seed = value()?.parse();
+                return one_script(&workload(
+                    seed.map_err(|e| format!("--power-cuts-of: {e}"))?,
+                ));
+            }
             "--json" => json = Some(PathBuf::from(value()?)),
             "--docs" => docs = Some(PathBuf::from(value()?)),
             "--help" => {

@@ -102,6 +102,51 @@ impl Params {
         }
     }
 
+    /// A short run on a small image, for power cuts and failures at every place of it.
+    pub fn draw_short(seed: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0x0051_0a11);
+        let (cluster_bits, refcount_order) = rng.pick(&[
+            (9, 0),
+            (9, 4),
+            (9, 6),
+            (10, 5),
+            (11, 1),
+            (12, 3),
+            (12, 4),
+            (12, 6),
+            (13, 2),
+            (14, 4),
+            (16, 4),
+        ]);
+        let cluster = 1u64 << cluster_bits;
+        let version = if refcount_order == 4 && rng.chance(30) {
+            2
+        } else {
+            3
+        };
+        // A few dozen clusters; what a refcount block counts, where that is little.
+        let size = (cluster * 24).clamp(128 << 10, 512 << 10);
+        Params {
+            seed,
+            version,
+            cluster_bits,
+            refcount_order,
+            size,
+            unit: rng.pick(&[512, 512, 512, 16]),
+            max_len: rng.pick(&[2048, 3 * cluster, 16384]).clamp(1024, 64 << 10),
+            in_flight: rng.pick(&[1, 4, 8]),
+            writes: rng.pick(&[70, 85, 90]),
+            flushes: rng.pick(&[5, 10, 20]),
+            zeros: rng.pick(&[0, 20, 50]),
+            copies: rng.pick(&[0, 5]),
+            hot: rng.pick(&[20, 80]),
+            requests: usize::try_from(rng.between(12, 32)).expect("small"),
+            fill: if rng.chance(30) { size * 3 / 4 } else { 0 },
+            lazy: version == 3 && rng.chance(20),
+            serial: rng.chance(15),
+        }
+    }
+
     /// What this says of the image and of how it is opened.
     pub fn setting(&self) -> Setting {
         Setting {

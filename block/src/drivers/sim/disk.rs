@@ -9,10 +9,10 @@
 //! its *end*, with the writes that had ended when it *began*: those it covers. A write that failed
 //! stays pending for ever.
 
+use super::cut::PowerCuts;
 use super::fault::{Fault, Held, Match, Op};
 use super::pages::Pages;
 use coblock_coroutine::{Co, ThreadLock};
-use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,10 +83,11 @@ pub struct Counts {
     pub statuses: u64,
 }
 
-struct Logged {
-    entry: LogEntry,
+#[derive(Clone)]
+pub(super) struct Logged {
+    pub(super) entry: LogEntry,
     /// Place in the order in which requests ended; `None` while in flight.
-    ended: Option<u64>,
+    pub(super) ended: Option<u64>,
     /// Ended well: a flush that begins now covers it.
     done: bool,
 }
@@ -94,11 +95,11 @@ struct Logged {
 #[derive(Default)]
 pub(super) struct State {
     /// What was durable before the log begins.
-    base: Pages,
-    base_len: u64,
+    pub(super) base: Pages,
+    pub(super) base_len: u64,
     now: Pages,
     len: u64,
-    log: Vec<Logged>,
+    pub(super) log: Vec<Logged>,
     ended: u64,
     pub(super) faults: Vec<Fault>,
     pub(super) holds: Vec<Arc<Held>>,
@@ -117,7 +118,7 @@ pub struct SimDisk {
 
 /// Numbers that depend on a seed and on nothing else.
 #[derive(Clone, Debug)]
-struct Rng(u64);
+pub(super) struct Rng(u64);
 
 impl Rng {
     /// The next of a SplitMix64 sequence.
@@ -144,16 +145,10 @@ impl SimDisk {
         let mut now = Pages::default();
         now.write(0, contents);
         let len = contents.len() as u64;
-        SimDisk::from_state(State {
-            base: now.clone(),
-            base_len: len,
-            now,
-            len,
-            ..State::default()
-        })
+        SimDisk::from_state(State::holding(now, len))
     }
 
-    fn from_state(state: State) -> Arc<SimDisk> {
+    pub(super) fn from_state(state: State) -> Arc<SimDisk> {
         Arc::new(SimDisk {
             state: ThreadLock::new(state),
         })
@@ -277,57 +272,39 @@ impl SimDisk {
 
     /// How many entries of the first `at` of the log are pending.
     pub fn pending_at(&self, at: usize) -> usize {
-        self.state.lock().split(at).1.len()
+        let mut cuts = self.power_cuts();
+        cuts.go_to(at);
+        cuts.pending()
     }
 
     /// The disk after a power cut when it had been sent the first `at` entries of the log: what was
     /// durable then, and of the rest what `keep` says. A disk of its own, with an empty log.
     pub fn after_power_cut(&self, at: usize, keep: &Keep) -> Arc<SimDisk> {
-        let state = self.state.lock();
-        let (durable, pending) = state.split(at);
-        let mut chosen: Vec<(u64, usize, Sectors)> = Vec::new();
-        let order = |index: usize| state.log[index].ended.unwrap_or(u64::MAX);
-        chosen.extend(
-            durable
-                .iter()
-                .map(|&index| (order(index), index, Sectors::All)),
-        );
-        let newest = pending.last().copied();
-        for (number, &index) in pending.iter().enumerate() {
-            let sectors = match *keep {
-                Keep::Nothing => continue,
-                Keep::AllBut(left_out) if left_out == number => continue,
-                Keep::Torn(sectors) if Some(index) == newest => Sectors::First(sectors),
-                Keep::Seed(seed) => Sectors::Seed(Rng(
-                    seed ^ (index as u64).wrapping_mul(0x2545_f491_4f6c_dd1d)
-                )),
-                Keep::Everything | Keep::AllBut(_) | Keep::Torn(_) => Sectors::All,
-            };
-            chosen.push((order(index), index, sectors));
-        }
-        // In the order in which they ended; those in flight last, as they were sent.
-        chosen.sort_by_key(|&(ended, index, _)| (ended, index));
-        let (mut pages, mut len) = (state.base.clone(), state.base_len);
-        for (_, index, sectors) in chosen {
-            apply(&state.log[index].entry, sectors, &mut pages, &mut len);
-        }
-        SimDisk::from_state(State {
-            base: pages.clone(),
-            base_len: len,
-            now: pages,
-            len,
-            ..State::default()
-        })
+        let mut cuts = self.power_cuts();
+        cuts.go_to(at);
+        cuts.left(keep).0
+    }
+
+    /// All power cuts of the log as it is now.
+    pub fn power_cuts(&self) -> PowerCuts {
+        PowerCuts::new(&self.state.lock())
     }
 }
 
-enum Sectors {
+pub(super) enum Sectors {
     All,
     First(u64),
     Seed(Rng),
 }
 
 impl Sectors {
+    /// Each sector of entry `index` for itself.
+    pub(super) fn by_seed(seed: u64, index: usize) -> Sectors {
+        Sectors::Seed(Rng(
+            seed ^ (index as u64).wrapping_mul(0x2545_f491_4f6c_dd1d)
+        ))
+    }
+
     fn keeps(&mut self, number: u64) -> bool {
         match self {
             Sectors::All => true,
@@ -337,7 +314,7 @@ impl Sectors {
     }
 }
 
-fn apply(entry: &LogEntry, mut sectors: Sectors, pages: &mut Pages, len: &mut u64) {
+pub(super) fn apply(entry: &LogEntry, mut sectors: Sectors, pages: &mut Pages, len: &mut u64) {
     let (offset, count) = match entry {
         LogEntry::Write { offset, data } => (*offset, data.len() as u64),
         LogEntry::Zero { offset, len } => (*offset, *len),
@@ -350,6 +327,14 @@ fn apply(entry: &LogEntry, mut sectors: Sectors, pages: &mut Pages, len: &mut u6
         }
         LogEntry::Flush { .. } => return,
     };
+    if matches!(sectors, Sectors::All) {
+        match entry {
+            LogEntry::Write { data, .. } => pages.write(offset, data),
+            _ => pages.zero(offset, offset + count),
+        }
+        *len = (*len).max(offset + count);
+        return;
+    }
     let mut at = 0;
     let mut number = 0;
     while at < count {
@@ -373,21 +358,15 @@ fn apply(entry: &LogEntry, mut sectors: Sectors, pages: &mut Pages, len: &mut u6
 }
 
 impl State {
-    /// Places of durable and of pending entries among the first `at`.
-    fn split(&self, at: usize) -> (BTreeSet<usize>, Vec<usize>) {
-        let mut durable = BTreeSet::new();
-        for logged in &self.log[..at] {
-            if let LogEntry::Flush { covered } = &logged.entry {
-                durable.extend(covered.iter().copied());
-            }
+    /// With these contents, all durable.
+    pub(super) fn holding(contents: Pages, len: u64) -> State {
+        State {
+            base: contents.clone(),
+            base_len: len,
+            now: contents,
+            len,
+            ..State::default()
         }
-        let pending = (0..at)
-            .filter(|index| {
-                !durable.contains(index)
-                    && !matches!(self.log[*index].entry, LogEntry::Flush { .. })
-            })
-            .collect();
-        (durable, pending)
     }
 
     fn end_entry(&mut self, index: usize, done: bool) {

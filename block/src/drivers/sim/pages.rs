@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 /// Bytes by offset; what was never written is zero. Cheap to clone.
 #[derive(Clone, Default)]
 pub(super) struct Pages {
-    pages: BTreeMap<u64, Arc<[u8; PAGE]>>,
+    pages: BTreeMap<u64, Page>,
 }
+
+/// One page.
+pub(super) type Page = Arc<[u8; PAGE]>;
 
 /// Parts of `offset..offset + len` by page: number of the page, where in it, where in the range,
 /// how long.
@@ -49,6 +52,23 @@ impl Pages {
         }
     }
 
+    /// Pages that were written to, with their numbers.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Page)> {
+        self.pages.iter().map(|(number, page)| (*number, page))
+    }
+
+    /// Page `number`, if anything was written there.
+    pub(super) fn page(&self, number: u64) -> Option<&Page> {
+        self.pages.get(&number)
+    }
+
+    /// Numbers of the pages of `start..end` that were written to.
+    pub(super) fn numbers(&self, start: u64, end: u64) -> Vec<u64> {
+        let page = PAGE as u64;
+        let range = self.pages.range(start / page..end.div_ceil(page));
+        range.map(|(number, _)| *number).collect()
+    }
+
     /// Was anything written at `offset`, and of how many of the `len` bytes, at least one, is that
     /// true? In time that depends on the answer.
     pub(super) fn status(&self, offset: u64, len: u64) -> (bool, u64) {
@@ -70,12 +90,7 @@ impl Pages {
     /// Zeros from `start` to `end`, in time that depends on what was written there.
     pub(super) fn zero(&mut self, start: u64, end: u64) {
         let page = PAGE as u64;
-        let touched: Vec<u64> = self
-            .pages
-            .range(start / page..end.div_ceil(page))
-            .map(|(number, _)| *number)
-            .collect();
-        for number in touched {
+        for number in self.numbers(start, end) {
             let (first, last) = (number * page, (number + 1) * page);
             if start <= first && last <= end {
                 self.pages.remove(&number);
