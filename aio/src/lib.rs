@@ -66,7 +66,7 @@ mod notifier;
 mod notify;
 mod thread_pool;
 mod timer;
-mod transfer;
+pub mod transfer;
 mod trimmer;
 mod wait_while;
 mod waiters;

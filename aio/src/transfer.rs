@@ -1,4 +1,5 @@
-//! What follows an attempt to transfer that was short, interrupted or put off. Pure: no I/O here.
+//! What follows an attempt to transfer that was short, interrupted or put off. Pure: no I/O here. For
+//! our engines, and for a simulated one that wants to go on as they do.
 //!
 //! ```text
 //!   attempt -> all          done
@@ -15,8 +16,8 @@ use std::io;
 const ATTEMPTS: u32 = 8;
 
 /// Where the next attempt begins, and by whom.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Next {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Next {
     /// Bytes that are done.
     pub done: usize,
     /// The engine has put it off too often.
@@ -80,8 +81,15 @@ impl Progress {
 }
 
 /// Goes on after an attempt to read `len` bytes at `offset` that gave `result`; tells how many
-/// came. `file_len` is asked only when the end of the file may lie between two blocks.
-pub(crate) fn finish_read(
+/// came. `file_len` is asked only when the end of the file may lie between two blocks. Results are as
+/// of a system call: bytes, or a negative errno. Suspends if `attempt` does.
+///
+/// # Errors
+/// What an attempt failed with for good.
+///
+/// # Panics
+/// When attempts transfer more than `len` in all.
+pub fn finish_read(
     offset: u64,
     len: usize,
     mut result: i32,
@@ -107,8 +115,14 @@ pub(crate) fn finish_read(
     }
 }
 
-/// Goes on after an attempt to write `len` bytes that gave `result`.
-pub(crate) fn finish_write(
+/// Goes on after an attempt to write `len` bytes that gave `result`. Suspends if `attempt` does.
+///
+/// # Errors
+/// What an attempt failed with for good; `ENOSPC` after one that took nothing and said nothing.
+///
+/// # Panics
+/// When attempts transfer more than `len` in all.
+pub fn finish_write(
     len: usize,
     mut result: i32,
     mut attempt: impl FnMut(Next) -> i32,

@@ -22,6 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphRead;
 use crate::open::Opening;
 use crate::types::{Limits, MAX_REQUEST, RequestFlags, bytes};
+use coblock_aio::transfer::{Next, finish_read, finish_write};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use disk::Action;
@@ -83,11 +84,19 @@ struct Sim {
 
 impl Sim {
     fn perform(&self, co: &Co, what: &str, offset: u64, action: Action<'_>) -> Result<()> {
-        self.disk.perform(co, offset, action).map_err(|errno| {
-            Error::from_io(what, io::Error::from_raw_os_error(errno))
-                .at_offset(offset)
-                .at_file("sim")
+        let result = self.disk.perform(co, offset, action, true);
+        result.map(drop).map_err(|errno| {
+            let error = io::Error::from_raw_os_error(errno);
+            failed(what, offset, error)
         })
+    }
+
+    /// One attempt, with the result that a system call would give.
+    fn attempt(&self, co: &Co, offset: u64, action: Action<'_>, patient: bool) -> i32 {
+        match self.disk.perform(co, offset, action, patient) {
+            Ok(count) => i32::try_from(count).expect("a transfer of less than 2 GiB"),
+            Err(errno) => -errno,
+        }
     }
 
     /// What a driver is promised about requests.
@@ -107,6 +116,10 @@ impl Sim {
     }
 }
 
+fn failed(what: &str, offset: u64, error: io::Error) -> Error {
+    Error::from_io(what, error).at_offset(offset).at_file("sim")
+}
+
 impl Driver for Sim {
     fn format(&self) -> &'static str {
         "sim"
@@ -123,7 +136,15 @@ impl Driver for Sim {
         let aligned = buf.is_aligned(self.limits.mem_alignment);
         self.assert_obeys(offset, bytes(buf.len()), aligned);
         let mut data = vec![0; buf.len()];
-        self.perform(co, "read", offset, Action::Read(&mut data))?;
+        let len = data.len();
+        let mut attempt = |next: Next| {
+            let rest = Action::Read(&mut data[next.done..]);
+            self.attempt(co, offset + next.done as u64, rest, next.on_thread)
+        };
+        let first = attempt(Next::default());
+        let file_len = || Ok(self.disk.len());
+        finish_read(offset, len, first, attempt, file_len)
+            .map_err(|e| failed("read", offset, e))?;
         buf.copy_from(0, &data);
         Ok(())
     }
@@ -143,15 +164,14 @@ impl Driver for Sim {
             self.fua || !fua,
             "FUA reached a driver that does not have it"
         );
-        self.perform(
-            co,
-            "write",
-            offset,
-            Action::Write {
-                data: buf.to_vec(),
-                fua,
-            },
-        )
+        let all = buf.to_vec();
+        let attempt = |next: Next| {
+            let data = all[next.done..].to_vec();
+            let rest = Action::Write { data, fua };
+            self.attempt(co, offset + next.done as u64, rest, next.on_thread)
+        };
+        let first = attempt(Next::default());
+        finish_write(all.len(), first, attempt).map_err(|e| failed("write", offset, e))
     }
 
     fn pwrite_zeroes(

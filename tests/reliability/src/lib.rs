@@ -12,6 +12,8 @@
 //! | [`script`] | the language: settings and operations, as values and as text |
 //! | [`swarm`], [`scripts`] | scripts that a seed draws; scripts in files |
 //! | [`model`] | what a byte of the disk may read as, now and after a power cut |
+//! | [`exhaustive`] | part: every sequence of a few operations, cut at every write |
+//! | [`faults`] | part: every request to the file fails |
 //! | [`power_cuts`] | part: the power goes at every write |
 //! | [`crash`] | the states that a power cut may leave |
 //! | [`sim`], [`session`] | contexts in virtual and in real time |
@@ -27,6 +29,8 @@
 )]
 
 pub mod crash;
+pub mod exhaustive;
+pub mod faults;
 pub mod files;
 pub mod image;
 pub mod judge;

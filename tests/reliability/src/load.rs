@@ -13,7 +13,7 @@ use coblock::block::drivers::sim::SimDisk;
 use coblock::block::{self, BlockBackend, DenyAll, DriverRegistry, Options, RequestFlags};
 use coblock::coroutine::{Co, CoQueue};
 
-use super::model::{History, Puts, Violation};
+use super::model::{History, Puts, Violation, WriteId};
 use super::rng::Rng;
 use super::script::{Op, Script};
 
@@ -280,6 +280,16 @@ impl Shared {
         self.turn.wake_all();
     }
 
+    /// A write has ended.
+    fn written(&self, id: WriteId, result: block::Result<()>) -> Result<(), Failed> {
+        let history = &mut self.state.borrow_mut().history;
+        match result {
+            Ok(()) => history.end_write(id),
+            Err(_) => history.fail_write(id),
+        }
+        Ok(result?)
+    }
+
     /// A step between requests: nothing is in flight.
     fn step(&self, co: &Co, op: Op, backend: Arc<BlockBackend>) -> Result<(), Failed> {
         if op == Op::Wait {
@@ -291,8 +301,12 @@ impl Shared {
         let closed = backend.close(co);
         let ended = (self.log)();
         drop(backend);
-        if closed.is_ok() {
-            self.state.borrow_mut().history.end_flush(began, ended);
+        {
+            let history = &mut self.state.borrow_mut().history;
+            match &closed {
+                Ok(()) => history.end_flush(began, ended),
+                Err(_) => history.lose_unflushed(),
+            }
         }
         let opened = reopen(co)?;
         self.state.borrow_mut().backend = opened;
@@ -344,9 +358,8 @@ fn request(co: &Co, backend: &BlockBackend, load: &Shared, op: Op) -> Result<(),
                 .borrow_mut()
                 .history
                 .begin_write(offset, buf.bytes(), log());
-            backend.pwrite(co, offset, &*buf.bytes(), RequestFlags::empty())?;
-            shared.borrow_mut().history.end_write(id);
-            Ok(())
+            let result = backend.pwrite(co, offset, &*buf.bytes(), RequestFlags::empty());
+            load.written(id, result)
         }
         Op::Zero { offset, len, unmap } => {
             let id = shared
@@ -358,9 +371,7 @@ fn request(co: &Co, backend: &BlockBackend, load: &Shared, op: Op) -> Result<(),
             } else {
                 RequestFlags::empty()
             };
-            backend.pwrite_zeroes(co, offset, len as u64, flags)?;
-            shared.borrow_mut().history.end_write(id);
-            Ok(())
+            load.written(id, backend.pwrite_zeroes(co, offset, len as u64, flags))
         }
         Op::Discard { offset, len } => {
             let id =
@@ -368,9 +379,7 @@ fn request(co: &Co, backend: &BlockBackend, load: &Shared, op: Op) -> Result<(),
                     .borrow_mut()
                     .history
                     .begin_zeros(offset, len, log(), Puts::ZerosOrNothing);
-            backend.pdiscard(co, offset, len as u64)?;
-            shared.borrow_mut().history.end_write(id);
-            Ok(())
+            load.written(id, backend.pdiscard(co, offset, len as u64))
         }
         Op::Copy { offset, len } => {
             let mut buf = vec![0; len];
@@ -382,13 +391,12 @@ fn request(co: &Co, backend: &BlockBackend, load: &Shared, op: Op) -> Result<(),
                 .with("driver", "sim")
                 .with_object("disk", SimDisk::with_contents(&buf));
             let registry = DriverRegistry::with_builtin();
-            let node = block::open(co, backend.graph(), &registry, &DenyAll, options)?;
+            let node = block::open(co, backend.graph(), &registry, &DenyAll, options)
+                .expect("a disk in memory");
             let source = BlockBackend::new(backend.graph(), node);
             let copied = source.copy_range(co, 0, backend, offset, len as u64);
-            source.close(co)?;
-            copied?;
-            shared.borrow_mut().history.end_write(id);
-            Ok(())
+            source.close(co).expect("nothing happens to the source");
+            load.written(id, copied)
         }
         Op::Grow { len } => {
             match backend.truncate(co, len, true) {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use coblock_reliability::part::{Plan, Scale};
 use coblock_reliability::power_cuts::{judge_script, workload};
 use coblock_reliability::script::Script;
-use coblock_reliability::{parts, run};
+use coblock_reliability::{faults, parts, run};
 
 const USAGE: &str = "\
 Usage: cargo xtask reliability [OPTIONS]
@@ -20,6 +20,7 @@ Runs every part of the reliability machine and prints what each shows.
   --jobs N            threads (default: one for each core)
   --script FILE       plays this script, or the one of that name in scripts/, and cuts the power everywhere
   --power-cuts-of N   the same for the workload of a seed
+  --faults-of N       every failure of the workload of a seed
   --json FILE         where the figures go (default: nowhere)
   --docs FILE         where the page with the figures goes (default: nowhere)
 ";
@@ -87,6 +88,13 @@ fn reliability(words: &[String]) -> Result<bool, String> {
                 return one_script(&workload(
                     seed.map_err(|e| format!("--power-cuts-of: {e}"))?,
                 ));
+            }
+            "--faults-of" => {
+                let seed = value()?.parse();
+                let script = workload(seed.map_err(|e| format!("--faults-of: {e}"))?);
+                println!("{script}");
+                println!("{} runs", faults::judge_script(&script)?);
+                return Ok(true);
             }
             "--json" => json = Some(PathBuf::from(value()?)),
             "--docs" => docs = Some(PathBuf::from(value()?)),

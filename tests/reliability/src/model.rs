@@ -105,9 +105,11 @@ struct Write {
     began: u64,
     /// Log position at its begin: nothing of it can be in the log before.
     began_log: usize,
-    /// None while it is in flight, and for ever if it failed: its content may be there, wholly or
-    /// in part.
+    /// None while it is in flight.
     ended: Option<u64>,
+    /// It failed, or nobody flushed it before the image was lost: its content may be there, wholly
+    /// or in part, until another write came after its end.
+    failed: bool,
 }
 
 /// A flush that succeeded.
@@ -190,6 +192,7 @@ impl History {
                 began: 0,
                 began_log: 0,
                 ended: Some(0),
+                failed: false,
             }],
             units: vec![vec![0]; units],
             flushes: Vec::new(),
@@ -252,6 +255,7 @@ impl History {
             began,
             began_log: log,
             ended: None,
+            failed: false,
         });
         for unit in self.range(offset, len) {
             self.units[unit].push(id);
@@ -259,10 +263,29 @@ impl History {
         id
     }
 
-    /// The write ended. A failed one is never said to have ended: any part of it may be there.
+    /// The write ended well.
     pub fn end_write(&mut self, id: WriteId) {
         let now = self.tick();
         self.writes[index(id)].ended = Some(now);
+    }
+
+    /// The write failed: any part of it may be there, and may be gone at any time.
+    pub fn fail_write(&mut self, id: WriteId) {
+        self.end_write(id);
+        self.writes[index(id)].failed = true;
+    }
+
+    /// The image was closed and could not write everything out: what no flush has made durable may
+    /// be there or not.
+    pub fn lose_unflushed(&mut self) {
+        let now = self.tick();
+        let durable = self.flushes.iter().map(|f| f.began).max().unwrap_or(1);
+        for write in &mut self.writes {
+            if write.ended.is_some_and(|e| e >= durable) {
+                write.ended = Some(now);
+                write.failed = true;
+            }
+        }
     }
 
     /// A read begins.
@@ -396,7 +419,7 @@ impl History {
                 .iter()
                 .map(|id| &self.writes[index(*id)])
                 // A discard makes nothing outdated: what was there may still be.
-                .filter(|w| settled(w) && w.puts != Puts::ZerosOrNothing)
+                .filter(|w| settled(w) && !w.failed && w.puts != Puts::ZerosOrNothing)
                 .map(|w| w.began)
                 .max()
                 .unwrap_or(0);

@@ -108,6 +108,8 @@ impl Stage {
 pub struct Played {
     pub stage: Stage,
     pub history: History,
+    /// What a flush after the last request said.
+    pub flushed: block::Result<()>,
     /// What closing the image said.
     pub closed: block::Result<()>,
     /// Requests that failed, and that were sent.
@@ -126,8 +128,10 @@ pub struct Played {
 /// Plays `script` on a fresh stage; nothing may fail.
 pub fn play(script: &Script) -> Played {
     let played = play_with(script, |_, load| load);
-    if let Err(error) = &played.closed {
-        panic!("seed {}: close: {error}", script.setting.seed);
+    for (what, result) in [("flush", &played.flushed), ("close", &played.closed)] {
+        if let Err(error) = result {
+            panic!("seed {}: {what}: {error}", script.setting.seed);
+        }
     }
     played
 }
@@ -155,11 +159,17 @@ pub fn play_with(script: &Script, prepare: impl FnOnce(&Stage, Load) -> Load) ->
         backend,
         errors,
         requests,
-        history,
+        mut history,
         peak,
     } = load.end();
     let backend = backend.expect("the last one that was opened");
     let stats = stats(&backend);
+    let began = history.begin_flush();
+    let last = backend.clone();
+    let flushed = sim.run(move |co| last.flush(co));
+    if flushed.is_ok() {
+        history.end_flush(began, stage.disk.log_len());
+    }
     let closed = sim.run(move |co| backend.close(co));
     let now_ns = sim.now_ns();
     sim.end();
@@ -168,6 +178,7 @@ pub fn play_with(script: &Script, prepare: impl FnOnce(&Stage, Load) -> Load) ->
         log: stage.disk.log(),
         stage,
         history,
+        flushed,
         closed,
         errors,
         requests,

@@ -10,7 +10,7 @@
 //! stays pending for ever.
 
 use super::cut::PowerCuts;
-use super::fault::{Fault, Held, Match, Op};
+use super::fault::{Fails, Fault, Held, Match, Op};
 use super::pages::Pages;
 use coblock_coroutine::{Co, ThreadLock};
 use std::fmt;
@@ -108,6 +108,8 @@ pub(super) struct State {
     counts: Counts,
     in_flight: usize,
     most_in_flight: usize,
+    /// Coroutines whose requests a fault has hit.
+    hits: Vec<(u64, Op)>,
 }
 
 /// A simulated disk. Shared: nodes come and go, the disk and its log stay.
@@ -250,6 +252,17 @@ impl SimDisk {
     /// From now on requests fail as `fault` says; earlier faults go first.
     pub fn fail(&self, fault: Fault) {
         self.state.lock().faults.push(fault);
+    }
+
+    /// Coroutines whose requests faults have hit since the last call, by number, and what these
+    /// requests were.
+    pub fn take_hits(&self) -> Vec<(u64, Op)> {
+        std::mem::take(&mut self.state.lock().hits)
+    }
+
+    /// Gives back what [`SimDisk::take_hits`] returned, for somebody else.
+    pub fn put_hits(&self, hits: Vec<(u64, Op)>) {
+        self.state.lock().hits.extend(hits);
     }
 
     /// Takes all faults away.
@@ -413,6 +426,22 @@ impl Action<'_> {
         }
     }
 
+    /// Leaves about half of a transfer at `offset`, up to the end of a sector; returns how many
+    /// bytes.
+    fn shorten(&mut self, offset: u64) -> u64 {
+        let middle = (offset + self.len() / 2).next_multiple_of(SECTOR);
+        let half = usize::try_from(middle - offset).expect("in memory");
+        match self {
+            Action::Read(buf) => {
+                let half = half.min(buf.len());
+                *buf = &mut std::mem::take(buf)[..half];
+            }
+            Action::Write { data, .. } => data.truncate(half),
+            _ => {}
+        }
+        self.len()
+    }
+
     fn len(&self) -> u64 {
         match self {
             Action::Read(buf) => buf.len() as u64,
@@ -433,9 +462,16 @@ impl Drop for InDisk<'_> {
 }
 
 impl SimDisk {
-    /// One request from being sent to its end. `Err` is the errno.
-    pub(super) fn perform(&self, co: &Co, offset: u64, mut action: Action<'_>) -> Result<(), i32> {
-        let (op, len) = (action.op(), action.len());
+    /// One attempt at a request, from being sent to its end. `Err` is the errno, `Ok` what was
+    /// transferred. `patient`: it waits rather than be interrupted or put off.
+    pub(super) fn perform(
+        &self,
+        co: &Co,
+        offset: u64,
+        mut action: Action<'_>,
+        patient: bool,
+    ) -> Result<u64, i32> {
+        let (op, mut len) = (action.op(), action.len());
         let (sent, fault, hold, pause) = {
             let mut state = self.state.lock();
             if state.powered_off {
@@ -457,6 +493,14 @@ impl SimDisk {
                 .faults
                 .iter_mut()
                 .find_map(|fault| fault.hits(op, offset, len));
+            let put_off = |fails| matches!(fails, Fails::Errno(libc::EINTR | libc::EAGAIN));
+            let fault = fault.filter(|(fails, _)| !(patient && put_off(*fails)));
+            if fault.is_some() {
+                state.hits.push((co.id(), op));
+            }
+            if let Some((Fails::Short, _)) = fault {
+                len = action.shorten(offset);
+            }
             let hold = state
                 .holds
                 .iter()
@@ -480,12 +524,12 @@ impl SimDisk {
         if state.powered_off {
             return Err(libc::EIO);
         }
-        if let Some((errno, torn)) = fault {
+        if let Some((Fails::Errno(errno), torn)) = fault {
             state.tear(&sent, offset, torn);
             return Err(errno);
         }
         state.finish(sent, offset, &mut action);
-        Ok(())
+        Ok(len)
     }
 }
 

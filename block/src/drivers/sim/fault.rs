@@ -82,11 +82,22 @@ impl Match {
     }
 }
 
+/// How a request fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fails {
+    Errno(i32),
+    /// It transfers half of what it was asked to.
+    Short,
+}
+
 /// Requests that fail.
+///
+/// `EINTR`, `EAGAIN` and short transfers are between the simulated file and its driver, which goes on
+/// as the driver of real files does: whoever asked must not notice.
 #[derive(Clone, Debug)]
 pub struct Fault {
     what: Match,
-    errno: i32,
+    fails: Fails,
     /// So many that match go through first.
     skip: u64,
     /// So many fail then.
@@ -97,9 +108,18 @@ pub struct Fault {
 impl Fault {
     /// The first request that matches fails with `errno`; it only.
     pub fn new(what: Match, errno: i32) -> Fault {
+        Fault::with(what, Fails::Errno(errno))
+    }
+
+    /// The first read or write that matches transfers half of what it was asked to; it only.
+    pub fn short(what: Match) -> Fault {
+        Fault::with(what, Fails::Short)
+    }
+
+    fn with(what: Match, fails: Fails) -> Fault {
         Fault {
             what,
-            errno,
+            fails,
             skip: 0,
             times: 1,
             torn: 0,
@@ -133,8 +153,8 @@ impl Fault {
         self
     }
 
-    /// Does this request fail? Its errno, and how much arrives.
-    pub(super) fn hits(&mut self, op: Op, offset: u64, len: u64) -> Option<(i32, u64)> {
+    /// Does this request fail? How, and how much arrives.
+    pub(super) fn hits(&mut self, op: Op, offset: u64, len: u64) -> Option<(Fails, u64)> {
         if !self.what.matches(op, offset, len) {
             return None;
         }
@@ -150,7 +170,7 @@ impl Fault {
         } else {
             self.times - 1
         };
-        Some((self.errno, self.torn))
+        Some((self.fails, self.torn))
     }
 }
 

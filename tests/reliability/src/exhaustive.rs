@@ -1,0 +1,173 @@
+//! Part: every sequence of a few operations, cut at every write. (R2.)
+//!
+//! Nothing random: an alphabet of operations on the same few clusters, all words of up to two letters
+//! (three for a release), on an image with and without a backing file, in clusters of 64 KiB and
+//! 4 KiB. What comes before a word is durable.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use super::crash::{Counted, Sample, cut_at};
+use super::judge::{Judge, Verdict};
+use super::parallel::each;
+use super::part::{Figure, Part, Plan, Report};
+use super::play::play_with;
+use super::script::{Op, Script, Setting};
+
+/// This part.
+pub const PART: Part = Part {
+    name: "exhaustive",
+    promise: "every sequence of operations up to a length, on two cluster sizes, with the power cut at \
+              every write",
+    run: |plan, report| run(plan, report),
+};
+
+/// Nearly all images here are alike, so few go to the reference.
+const SAMPLE: Sample = Sample {
+    reference: 503,
+    goes_on: 31,
+};
+
+/// The alphabet, for clusters of `c` bytes. Clusters 0 and 1 are written and durable; with a backing
+/// file, 0 to 5 read as it does otherwise.
+fn alphabet(c: u64) -> Vec<Op> {
+    let len = usize::try_from(c).expect("a cluster");
+    vec![
+        // In place, and a part of a cluster.
+        Op::Write { offset: c, len },
+        Op::Write {
+            offset: 512,
+            len: 512,
+        },
+        // New: over the edge of two clusters, and a part of one.
+        Op::Write {
+            offset: 2 * c + c / 2,
+            len,
+        },
+        Op::Write {
+            offset: 4 * c + 1024,
+            len: 512,
+        },
+        Op::Zero {
+            offset: c,
+            len,
+            unmap: false,
+        },
+        Op::Zero {
+            offset: 0,
+            len: 2 * len,
+            unmap: true,
+        },
+        Op::Discard {
+            offset: c,
+            len: 2 * len,
+        },
+        Op::Copy { offset: 3 * c, len },
+        Op::Grow { len: 9 * c },
+        Op::Flush,
+        Op::Reopen,
+    ]
+}
+
+/// What comes before each word.
+fn before(c: u64) -> [Op; 2] {
+    let len = usize::try_from(2 * c).expect("two clusters");
+    [Op::Write { offset: 0, len }, Op::Flush]
+}
+
+/// Every word of `letters` with one to `longest` of them.
+fn words(letters: &[Op], longest: usize) -> Vec<Vec<Op>> {
+    let mut all = Vec::new();
+    let mut last = vec![Vec::new()];
+    for _ in 0..longest {
+        last = last
+            .iter()
+            .flat_map(|word: &Vec<Op>| letters.iter().map(|op| [&word[..], &[*op]].concat()))
+            .collect();
+        all.extend(last.iter().cloned());
+    }
+    all
+}
+
+/// All scripts of words up to `longest`.
+pub fn scripts(longest: usize) -> Vec<Script> {
+    let mut scripts = Vec::new();
+    for cluster_bits in [16, 12] {
+        let c = 1 << cluster_bits;
+        for backing in [0, 5 * c + 512] {
+            for word in words(&alphabet(c), longest) {
+                let setting = Setting {
+                    cluster_bits,
+                    size: 8 * c,
+                    backing,
+                    delay_us: 0,
+                    ..Setting::default()
+                };
+                let ops = before(c).into_iter().chain(word).collect();
+                scripts.push(Script { setting, ops });
+            }
+        }
+    }
+    scripts
+}
+
+/// Plays a script and cuts the power at every place after what is durable.
+fn judge_script(script: &Script) -> Verdict<Counted> {
+    let durable = before(script.setting.cluster()).len();
+    let mark = Rc::new(Cell::new(0));
+    let noted = mark.clone();
+    let mut played = play_with(script, |stage, load| {
+        let disk = stage.disk.clone();
+        load.after_each(move |ended| {
+            if ended.index + 1 == durable {
+                noted.set(disk.log_len());
+            }
+        })
+    });
+    let places = mark.get()..=played.log.len();
+    let judge = Judge::default();
+    let judged = judge
+        .after_all(&mut played)
+        .and_then(|()| cut_at(&judge, &played, places, SAMPLE));
+    judge.end();
+    judged.map_err(|why| format!("{why}\n{script}"))
+}
+
+fn run(plan: &Plan, report: &mut Report) {
+    let scripts = scripts(plan.scale.pick(1, 2, 3));
+    let mut total = Counted::default();
+    for result in each(plan.jobs, &scripts, judge_script) {
+        match result.and_then(|judged| judged) {
+            Ok(counted) => total.add(counted),
+            Err(why) => report.fail(
+                "cargo xtask reliability --script FILE (the lines above)",
+                &why,
+            ),
+        }
+    }
+    report.count(Figure::States, total.states);
+    report.say(format!(
+        "{} sequences, cut at {} places in {} ways: {} different states, {} of them checked by qemu-img",
+        scripts.len(),
+        total.places,
+        total.choices,
+        total.states,
+        total.reference
+    ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many as there are, and all of them can be played.
+    #[test]
+    fn sequences_are_complete() {
+        let letters = alphabet(4096).len();
+        let all = scripts(2);
+        assert_eq!(all.len(), 4 * (letters + letters * letters));
+        for script in all {
+            script.judge().unwrap_or_else(|e| panic!("{e}\n{script}"));
+        }
+    }
+}
