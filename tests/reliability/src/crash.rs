@@ -37,6 +37,8 @@ pub struct Sample {
     pub reference: u64,
     /// Every so many states one is written to from end to end.
     pub goes_on: u64,
+    /// Most states at one place, drawn from all; 0: all of them.
+    pub per_place: usize,
 }
 
 /// What was judged.
@@ -122,7 +124,12 @@ pub fn cut_at(
     for at in places {
         cuts.go_to(at);
         counted.places += 1;
-        for keep in choices(&cuts, at, &mut rng) {
+        let mut keeps = choices(&cuts, at, &mut rng);
+        while sample.per_place > 0 && keeps.len() > sample.per_place {
+            let left_out = usize::try_from(rng.below(keeps.len() as u64)).expect("an index");
+            keeps.swap_remove(left_out);
+        }
+        for keep in keeps {
             let story = |why: String| {
                 let len = cuts.log_len();
                 format!("power cut after {at} of {len} entries, kept {keep:?}: {why}")

@@ -26,6 +26,7 @@ pub const PART: Part = Part {
 const SAMPLE: Sample = Sample {
     reference: 503,
     goes_on: 31,
+    per_place: 0,
 };
 
 /// The alphabet, for clusters of `c` bytes. Clusters 0 and 1 are written and durable; with a backing

@@ -249,7 +249,7 @@ impl Watch {
 }
 
 fn run(plan: &Plan, report: &mut Report) {
-    let seeds = plan.scale.pick(3, 30, 600);
+    let seeds = plan.scale.pick(5, 75, 600);
     let mut items: Vec<(String, Script)> = super::scripts::all();
     // A load of a megabyte does not get more interesting by failing at each of its pieces.
     items.retain(|(_, script)| script.setting.size < 1 << 20);

@@ -12,6 +12,7 @@
 //! | [`script`] | the language: settings and operations, as values and as text |
 //! | [`swarm`], [`scripts`] | scripts that a seed draws; scripts in files |
 //! | [`model`] | what a byte of the disk may read as, now and after a power cut |
+//! | [`seeds`] | part: the whole stack by seed |
 //! | [`exhaustive`] | part: every sequence of a few operations, cut at every write |
 //! | [`faults`] | part: every request to the file fails |
 //! | [`power_cuts`] | part: the power goes at every write |
@@ -46,6 +47,7 @@ pub mod rng;
 pub mod run;
 pub mod script;
 pub mod scripts;
+pub mod seeds;
 pub mod session;
 pub mod sim;
 pub mod soundness;

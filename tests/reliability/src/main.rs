@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use coblock_reliability::part::{Plan, Scale};
 use coblock_reliability::power_cuts::{judge_script, workload};
 use coblock_reliability::script::Script;
-use coblock_reliability::{faults, parts, run};
+use coblock_reliability::{faults, parts, run, seeds};
 
 const USAGE: &str = "\
 Usage: cargo xtask reliability [OPTIONS]
@@ -25,10 +25,17 @@ Runs every part of the reliability machine and prints what each shows.
   --docs FILE         where the page with the figures goes (default: nowhere)
 ";
 
+const SIM_USAGE: &str = "\
+Usage: cargo xtask sim --seed N | --seeds K [--first-seed F] [--jobs N]
+
+Simulates the whole stack by seed: one with a trace of every request, or many with a line of figures.
+";
+
 fn main() -> ExitCode {
     coblock::coroutine::install_overflow_handler();
     let words: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match words.first().map(String::as_str) {
+        Some("sim") => simulate(&words[1..]),
         Some("run") => reliability(&words[1..]),
         _ => Err(USAGE.to_string()),
     };
@@ -40,6 +47,46 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs seeds; true if nothing failed.
+fn simulate(words: &[String]) -> Result<bool, String> {
+    let (mut seed, mut seeds, mut first) = (None, None, 0);
+    let mut jobs = cores();
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let number = words
+            .next()
+            .ok_or(format!("{word} needs a number\n\n{SIM_USAGE}"));
+        let number = number?.parse::<u64>().map_err(|e| format!("{word}: {e}"))?;
+        match word.as_str() {
+            "--seed" => seed = Some(number),
+            "--seeds" => seeds = Some(number),
+            "--first-seed" => first = number,
+            "--jobs" => jobs = usize::try_from(number).map_err(|e| format!("--jobs: {e}"))?,
+            other => return Err(format!("unknown option '{other}'\n\n{SIM_USAGE}")),
+        }
+    }
+    match (seed, seeds) {
+        (Some(seed), None) => {
+            let outcome = seeds::replay(seed).map_err(|why| format!("seed {seed}: {why}"))?;
+            println!("seed {seed}: {outcome:?}");
+            Ok(true)
+        }
+        (None, Some(count)) => {
+            let many = seeds::many(first, count, u64::MAX, jobs);
+            for (seed, why) in &many.failures {
+                println!("FAILED seed {seed}: {why}\n  replay: cargo xtask sim --seed {seed}");
+            }
+            println!("{}", many.line());
+            Ok(many.failures.is_empty())
+        }
+        _ => Err(SIM_USAGE.to_string()),
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// A path, or the name of one of our scripts.
@@ -62,7 +109,7 @@ fn one_script(script: &Script) -> Result<bool, String> {
 fn reliability(words: &[String]) -> Result<bool, String> {
     let mut plan = Plan {
         scale: Scale::Ci,
-        jobs: std::thread::available_parallelism().map_or(1, usize::from),
+        jobs: cores(),
     };
     let (mut names, mut json, mut docs) = (Vec::new(), None, None);
     let mut words = words.iter();

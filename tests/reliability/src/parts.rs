@@ -1,7 +1,12 @@
 //! The list of all parts, in the order in which they run.
 
 use super::part::Part;
-use super::{exhaustive, faults, power_cuts};
+use super::{exhaustive, faults, power_cuts, seeds};
 
 /// Every part of the machine.
-pub const ALL: &[Part] = &[power_cuts::PART, exhaustive::PART, faults::PART];
+pub const ALL: &[Part] = &[
+    power_cuts::PART,
+    exhaustive::PART,
+    faults::PART,
+    seeds::PART,
+];

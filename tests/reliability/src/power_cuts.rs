@@ -25,6 +25,7 @@ pub const PART: Part = Part {
 const SAMPLE: Sample = Sample {
     reference: 1009,
     goes_on: 101,
+    per_place: 0,
 };
 
 /// The workload of a seed.
