@@ -161,7 +161,7 @@ pub fn cut_at(
     Ok(counted)
 }
 
-/// The same at every place.
+/// The same at every place after the run's `mark`.
 pub fn cut_everywhere(judge: &Judge, played: &Played, sample: Sample) -> Verdict<Counted> {
-    cut_at(judge, played, 0..=played.log.len(), sample)
+    cut_at(judge, played, played.mark..=played.log.len(), sample)
 }

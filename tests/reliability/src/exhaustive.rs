@@ -4,14 +4,11 @@
 //! (three for a release), on an image with and without a backing file, in clusters of 64 KiB and
 //! 4 KiB. What comes before a word is durable.
 
-use std::cell::Cell;
-use std::rc::Rc;
-
-use super::crash::{Counted, Sample, cut_at};
+use super::crash::{Counted, Sample, cut_everywhere};
 use super::judge::{Judge, Verdict};
 use super::parallel::each;
 use super::part::{Figure, Part, Plan, Report};
-use super::play::play_with;
+use super::play::play;
 use super::script::{Op, Script, Setting};
 
 /// This part.
@@ -71,9 +68,9 @@ fn alphabet(c: u64) -> Vec<Op> {
 }
 
 /// What comes before each word.
-fn before(c: u64) -> [Op; 2] {
+fn before(c: u64) -> [Op; 3] {
     let len = usize::try_from(2 * c).expect("two clusters");
-    [Op::Write { offset: 0, len }, Op::Flush]
+    [Op::Write { offset: 0, len }, Op::Flush, Op::Mark]
 }
 
 /// Every word of `letters` with one to `longest` of them.
@@ -114,22 +111,11 @@ pub fn scripts(longest: usize) -> Vec<Script> {
 
 /// Plays a script and cuts the power at every place after what is durable.
 fn judge_script(script: &Script) -> Verdict<Counted> {
-    let durable = before(script.setting.cluster()).len();
-    let mark = Rc::new(Cell::new(0));
-    let noted = mark.clone();
-    let mut played = play_with(script, |stage, load| {
-        let disk = stage.disk.clone();
-        load.after_each(move |ended| {
-            if ended.index + 1 == durable {
-                noted.set(disk.log_len());
-            }
-        })
-    });
-    let places = mark.get()..=played.log.len();
+    let mut played = play(script);
     let judge = Judge::default();
     let judged = judge
         .after_all(&mut played)
-        .and_then(|()| cut_at(&judge, &played, places, SAMPLE));
+        .and_then(|()| cut_everywhere(&judge, &played, SAMPLE));
     judge.end();
     judged.map_err(|why| format!("{why}\n{script}"))
 }

@@ -66,6 +66,8 @@ pub struct Loaded {
     pub history: History,
     /// Most requests that were in flight at once.
     pub peak: usize,
+    /// Length of the file's log at the last `mark`.
+    pub mark: usize,
 }
 
 type Reopen = dyn Fn(&Co) -> block::Result<Arc<BlockBackend>>;
@@ -85,6 +87,8 @@ struct Shared {
     after_each: Box<dyn Fn(&Ended<'_>)>,
     on_error: OnError,
     workers: Cell<usize>,
+    /// Length of the file's log at the last `mark`.
+    mark: Cell<usize>,
 }
 
 struct State {
@@ -128,6 +132,7 @@ impl Load {
                 after_each: Box::new(|_| {}),
                 on_error: OnError::Panic,
                 workers: Cell::new(script.setting.in_flight),
+                mark: Cell::new(0),
             }),
         }
     }
@@ -194,6 +199,7 @@ impl Load {
     /// What came of it.
     pub fn end(self) -> Loaded {
         let shared = Rc::into_inner(self.shared).expect("every worker has ended");
+        let mark = shared.mark.get();
         let state = shared.state.into_inner();
         Loaded {
             backend: Some(state.backend),
@@ -201,6 +207,7 @@ impl Load {
             requests: state.next,
             history: state.history,
             peak: state.peak,
+            mark,
         }
     }
 }
@@ -292,8 +299,13 @@ impl Shared {
 
     /// A step between requests: nothing is in flight.
     fn step(&self, co: &Co, op: Op, backend: Arc<BlockBackend>) -> Result<(), Failed> {
-        if op == Op::Wait {
-            return Ok(());
+        match op {
+            Op::Wait => return Ok(()),
+            Op::Mark => {
+                self.mark.set((self.log)());
+                return Ok(());
+            }
+            _ => {}
         }
         let reopen = self.reopen.as_ref().expect("a load that knows how");
         let began = self.state.borrow_mut().history.begin_flush();
@@ -411,7 +423,7 @@ fn request(co: &Co, backend: &BlockBackend, load: &Shared, op: Op) -> Result<(),
             shared.borrow_mut().history.end_flush(began, log());
             Ok(())
         }
-        Op::Wait | Op::Reopen => unreachable!("steps are no requests"),
+        Op::Wait | Op::Reopen | Op::Mark => unreachable!("steps are no requests"),
     }
 }
 

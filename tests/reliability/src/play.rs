@@ -117,6 +117,8 @@ pub struct Played {
     pub requests: usize,
     /// Most requests in flight at once.
     pub peak: usize,
+    /// Length of the log at the last `mark`.
+    pub mark: usize,
     /// What the driver counted since the image was opened last.
     pub stats: Qcow2Stats,
     /// Everything that the disk was sent, in order.
@@ -138,8 +140,19 @@ pub fn play(script: &Script) -> Played {
 
 /// The same; `prepare` breaks the disk or tells the load what to watch, once the image is open.
 pub fn play_with(script: &Script, prepare: impl FnOnce(&Stage, Load) -> Load) -> Played {
+    let stage = Stage::new(&script.setting);
+    let history = stage.history();
+    play_on(stage, history, script, prepare)
+}
+
+/// The same on a stage that holds what `history` says.
+pub fn play_on(
+    stage: Stage,
+    history: History,
+    script: &Script,
+    prepare: impl FnOnce(&Stage, Load) -> Load,
+) -> Played {
     let setting = &script.setting;
-    let stage = Stage::new(setting);
     stage.delay();
     let sim = Simulation::new(setting.seed, setting.queues);
     let open = Rc::new(stage.opener(&sim));
@@ -148,7 +161,7 @@ pub fn play_with(script: &Script, prepare: impl FnOnce(&Stage, Load) -> Load) ->
         .run(move |co| first(co))
         .unwrap_or_else(|e| panic!("seed {}: open: {e}", setting.seed));
     let disk = stage.disk.clone();
-    let load = Load::new(&backend, script, stage.history())
+    let load = Load::new(&backend, script, history)
         .log(move || disk.log_len())
         .reopen(move |co| open(co));
     drop(backend);
@@ -161,6 +174,7 @@ pub fn play_with(script: &Script, prepare: impl FnOnce(&Stage, Load) -> Load) ->
         requests,
         mut history,
         peak,
+        mark,
     } = load.end();
     let backend = backend.expect("the last one that was opened");
     let stats = stats(&backend);
@@ -183,6 +197,7 @@ pub fn play_with(script: &Script, prepare: impl FnOnce(&Stage, Load) -> Load) ->
         errors,
         requests,
         peak,
+        mark,
         stats,
         now_ns,
     }

@@ -45,6 +45,8 @@ pub enum Op {
     Wait,
     /// The same, and the image is closed and opened again.
     Reopen,
+    /// The same, and what came before is preparation: no power cut there.
+    Mark,
 }
 
 impl Op {
@@ -56,13 +58,13 @@ impl Op {
             | Op::Zero { offset, len, .. }
             | Op::Discard { offset, len }
             | Op::Copy { offset, len } => Some((offset, len)),
-            Op::Grow { .. } | Op::Flush | Op::Wait | Op::Reopen => None,
+            Op::Grow { .. } | Op::Flush | Op::Wait | Op::Reopen | Op::Mark => None,
         }
     }
 
     /// Must nothing else be in flight?
     pub fn alone(&self) -> bool {
-        matches!(self, Op::Wait | Op::Reopen)
+        matches!(self, Op::Wait | Op::Reopen | Op::Mark)
     }
 }
 
@@ -81,6 +83,7 @@ impl fmt::Display for Op {
             Op::Flush => f.write_str("flush"),
             Op::Wait => f.write_str("wait"),
             Op::Reopen => f.write_str("reopen"),
+            Op::Mark => f.write_str("mark"),
         }
     }
 }
@@ -115,6 +118,7 @@ impl FromStr for Op {
             ["flush"] => Op::Flush,
             ["wait"] => Op::Wait,
             ["reopen"] => Op::Reopen,
+            ["mark"] => Op::Mark,
             _ => return Err(format!("no operation: '{line}'")),
         })
     }
@@ -321,7 +325,7 @@ mod tests {
     fn text_is_read_back() {
         for seed in 0..100 {
             let mut script = Params::draw(seed).script();
-            script.ops.extend([Op::Wait, Op::Reopen]);
+            script.ops.extend([Op::Wait, Op::Reopen, Op::Mark]);
             let text = script.to_string();
             assert_eq!(text.parse().as_ref(), Ok(&script), "{text}");
         }
