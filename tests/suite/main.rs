@@ -4,9 +4,9 @@ use coblock_reliability as support;
 
 mod cached_path;
 mod complete;
-mod failing_disk;
 mod fidelity;
 mod power_cut;
+mod reliability;
 mod same_as_qemu_io;
 mod simulated;
 mod they_read_ours;

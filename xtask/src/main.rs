@@ -8,6 +8,7 @@ mod child;
 mod ci;
 mod counts;
 mod graph;
+mod reliability;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -16,6 +17,8 @@ const USAGE: &str = "\
 Usage: cargo xtask TASK
 
   ci [STEP...]     what CI runs: .ci/run
+  reliability [OPTIONS]  power cuts, failures, seeds and all else; writes docs/reliability.md; --help lists the options
+  sim [OPTIONS]    one simulated seed with its trace, or many; without options: which there are
   graph [--all]    who uses whom, crate by crate (--all: dependencies from outside too)
   bench [OPTIONS]  ours beside qemu-img bench, other implementations and the floor; --help lists the options
   counts [OPTIONS] instructions per operation against docs/counts.json; --help lists the options
@@ -32,6 +35,8 @@ fn main() -> ExitCode {
         Some("ci") => ci::run(&rest),
         Some("graph") => graph::run(&rest),
         Some("bench") => bench::run(&rest),
+        Some("reliability") => reliability::run(&rest),
+        Some("sim") => reliability::sim(&rest),
         Some("counts") => counts::run(&rest),
         Some("help" | "--help" | "-h") => {
             print!("{USAGE}");

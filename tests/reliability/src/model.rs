@@ -365,6 +365,18 @@ impl History {
         self.compare(offset, units, log, before, |_| false)
     }
 
+    /// Everything that has ended is durable, and the file has a new log.
+    pub fn log_begins_anew(&mut self) {
+        let began = self.tick();
+        self.flushes = vec![Flush {
+            began,
+            ended_log: 0,
+        }];
+        for write in &mut self.writes {
+            write.began_log = 0;
+        }
+    }
+
     /// Which bytes of a unit come from which write, for a message.
     fn mixture(&self, piece: &[u8], offset: u64, ids: &[WriteId]) -> String {
         let mut text = String::new();

@@ -1,0 +1,45 @@
+//! `cargo xtask reliability` and `cargo xtask sim`: the machine of `tests/reliability`, built
+//! optimised with assertions, and where its figures go.
+
+use std::process::Command;
+
+use crate::Outcome;
+
+/// Runs all parts, or those that `words` name; a run of all of them writes the figures down.
+pub fn run(words: &[String]) -> Outcome {
+    let mut all = vec!["run".to_string()];
+    all.extend(words.iter().cloned());
+    let whole = words
+        .iter()
+        .all(|word| matches!(word.as_str(), "--ci" | "--release-figures"));
+    if whole {
+        let json = crate::target_dir().join("reliability.json");
+        let docs = crate::workspace().join("docs/reliability.md");
+        for (option, path) in [("--json", json), ("--docs", docs)] {
+            all.extend([option.to_string(), path.display().to_string()]);
+        }
+    }
+    machine(&all)
+}
+
+/// Simulates seeds.
+pub fn sim(words: &[String]) -> Outcome {
+    let mut all = vec!["sim".to_string()];
+    all.extend(words.iter().cloned());
+    machine(&all)
+}
+
+fn machine(words: &[String]) -> Outcome {
+    let status = Command::new("cargo")
+        .args(["run", "--quiet", "--profile", "reliability"])
+        .args(["--package", "coblock-reliability", "--"])
+        .args(words)
+        .current_dir(crate::workspace())
+        .status()
+        .map_err(|e| format!("cannot run cargo: {e}"))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("reliability: {status}"))
+    }
+}
