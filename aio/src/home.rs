@@ -426,6 +426,8 @@ impl Core {
         let slept = self.busy_poll.sleep_begins(timeout);
         self.engine.wait(context, &self.ready, timeout);
         self.busy_poll.sleep_ended(slept);
+        // Since when a coroutine waits, for `dump`.
+        coblock_coroutine::note_time(context.clock().coarse_ns());
         if consume {
             context.notify.accept();
         }

@@ -224,6 +224,27 @@ fn several_clocks_in_one_context() {
     });
 }
 
+/// The dump of a loop's thread says since when each coroutine waits: since the pass of the loop in
+/// which it was entered last.
+#[test]
+fn the_dump_tells_since_when() {
+    each_virtual(|home, clock| {
+        clock.advance_to(1_000_000_000);
+        home.poll(false);
+        home.spawn("sleeps", |co| {
+            co::sleep(co, Duration::from_secs(10));
+        });
+        clock.advance_to(4_500_000_000);
+        home.poll(false);
+        let told = coblock_coroutine::dump(false);
+        let one = told.standing.iter().find(|one| one.name == "sleeps");
+        let one = one.expect("it waits");
+        assert_eq!(one.entered_ago, Some(3_500_000_000), "{one}");
+        clock.advance_to(11_000_000_000);
+        home.poll(true);
+    });
+}
+
 /// A sleeping coroutine goes on at its time, in the order of the times.
 #[test]
 fn sleeping_coroutines() {

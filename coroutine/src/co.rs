@@ -125,7 +125,7 @@ impl Co {
     #[track_caller]
     pub fn suspend(&self) {
         let control = &self.control;
-        if control.phase.get() != Phase::Running || control.pending.get() {
+        if control.phase.get() != Phase::Running {
             return self.suspend_otherwise(Location::caller());
         }
         self.refuse_where_none_may(Location::caller());
@@ -157,7 +157,7 @@ impl Co {
         // current coroutine of a thread alone), and its token does not leave its thread: so this
         // code runs on its stack.
         unsafe { control.switch_out() };
-        if control.unwinding.get() {
+        if control.unwinding().get() {
             resumed_oddly(control);
         }
     }
@@ -167,6 +167,7 @@ impl Co {
     fn suspend_otherwise(&self, caller: &'static Location<'static>) {
         self.refuse_unless_running("suspended", caller);
         self.control.pending.set(false);
+        self.control.phase.set(Phase::Running);
     }
 
     /// Waits for an operation: resumed only by [`resume_waiter`], never by a wake or by hand.
@@ -195,7 +196,7 @@ impl Co {
     pub(crate) fn refuse_unless_running(&self, what: &str, caller: &'static Location<'static>) {
         let control = &self.control;
         match control.phase.get() {
-            Phase::Running => {}
+            Phase::Running | Phase::Roused => {}
             phase => panic!(
                 "{} {what} at {caller}, but it is not the running coroutine (it is {})",
                 Described(control),
@@ -229,7 +230,7 @@ impl Co {
     /// refused (rule 1.10).
     #[inline]
     pub fn hold(&self, what: Hold) -> Held<'_> {
-        let count = &self.control.holds[what as usize];
+        let count = self.control.held(what as usize);
         count.set(count.get() + 1);
         Held { count }
     }
@@ -237,7 +238,7 @@ impl Co {
     /// How often this coroutine holds `what` now.
     #[inline]
     pub fn holds(&self, what: Hold) -> u32 {
-        self.control.holds[what as usize].get()
+        self.control.holds.get()[what as usize]
     }
 
     /// The home that runs this coroutine; `None`: it is driven by hand.
@@ -277,7 +278,7 @@ pub(crate) fn describe(phase: Phase) -> &'static str {
         Phase::Suspended => "suspended",
         Phase::Waiting => "waiting for an operation",
         Phase::Queued => "woken and queued",
-        Phase::Running => "running",
+        Phase::Running | Phase::Roused => "running",
         Phase::Entered => "waiting for another coroutine that it has entered",
         Phase::Finished | Phase::Kept => "finished",
     }
@@ -297,7 +298,7 @@ fn resumed_oddly(control: &Control) {
         // SAFETY: runs on this coroutine's stack, called from its suspend.
         unsafe { control.switch_out() };
     }
-    if control.unwinding.get() {
+    if control.unwinding().get() {
         panic::resume_unwind(Box::new(ForcedUnwind));
     }
 }
@@ -312,7 +313,7 @@ pub(crate) fn backtrace_of(thread: &Thread, control: &'static Control) -> Option
     {
         return None;
     }
-    let unwinding = control.unwinding.replace(true);
+    let unwinding = control.unwinding().replace(true);
     let current = thread.current.replace(Some(control));
     control.telling.set(true);
     // SAFETY: this thread owns the life (the caller has checked), and the phase says that its code
@@ -320,7 +321,7 @@ pub(crate) fn backtrace_of(thread: &Thread, control: &'static Control) -> Option
     unsafe { control.switch_in() };
     control.telling.set(false);
     thread.current.set(current);
-    control.unwinding.set(unwinding);
+    control.unwinding().set(unwinding);
     control.told.take().map(|told| *told)
 }
 
@@ -361,6 +362,13 @@ pub(crate) fn bind(thread: &Thread, control: &Control) {
     control.thread.store(thread.number(), Ordering::Relaxed);
 }
 
+/// The same, by the thread that has made it.
+#[inline(always)]
+pub(crate) fn bind_own(thread: &Thread, control: &Control) {
+    let number = thread.number_after_a_life();
+    control.thread.store(number, Ordering::Relaxed);
+}
+
 /// How a resume came back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum State {
@@ -374,16 +382,16 @@ pub enum State {
 /// (rule 1.9).
 ///
 /// `control` is owned by this thread and in phase `New` (with its thread set), `Suspended`,
-/// `Waiting` or `Queued`. A panic inside comes out here, after everything that the coroutine had
-/// woken has run.
+/// `Waiting` or `Queued`; `running` is [`Control::running`]. A panic inside comes out here, after
+/// everything that the coroutine had woken has run.
 #[inline(always)]
-pub(crate) fn resume(thread: &Thread, control: &'static Control) -> State {
-    switch(thread, control);
+pub(crate) fn resume(thread: &Thread, control: &'static Control, running: Phase) -> State {
+    switch(thread, control, running);
     if control.phase.get() == Phase::Finished {
         finish(thread, control);
         return State::Finished;
     }
-    if control.woke.get() {
+    if control.woke().get() {
         let woken = control.take_wakes().map(|(first, _)| first);
         run_woken(thread, woken, None);
     }
@@ -392,7 +400,7 @@ pub(crate) fn resume(thread: &Thread, control: &'static Control) -> State {
 
 /// The switch itself, with the bookkeeping of who runs.
 #[inline(always)]
-fn switch(thread: &Thread, control: &'static Control) {
+fn switch(thread: &Thread, control: &'static Control, running: Phase) {
     debug_assert!(
         matches!(
             control.phase.get(),
@@ -403,17 +411,17 @@ fn switch(thread: &Thread, control: &'static Control) {
     );
     // One load of a global; only while some thread panics does it look at this one.
     if std::thread::panicking() {
-        return switch_while_panicking(thread, control);
+        return switch_while_panicking(thread, control, running);
     }
-    switch_now(thread, control);
+    switch_now(thread, control, running);
 }
 
 #[inline(always)]
-fn switch_now(thread: &Thread, control: &'static Control) {
+fn switch_now(thread: &Thread, control: &'static Control, running: Phase) {
     let entered_by = thread.current.replace(Some(control));
     bump(&thread.switches);
-    control.entered_as.set(thread.switches.get());
-    control.phase.set(Phase::Running);
+    control.entered_at.set(thread.now.get());
+    control.phase.set(running);
     if let Some(entered_by) = entered_by {
         entered_by.phase.set(Phase::Entered);
     }
@@ -422,7 +430,7 @@ fn switch_now(thread: &Thread, control: &'static Control) {
     unsafe { control.switch_in() };
     thread.current.set(entered_by);
     if let Some(entered_by) = entered_by {
-        entered_by.phase.set(Phase::Running);
+        entered_by.phase.set(entered_by.running());
     }
 }
 
@@ -430,10 +438,10 @@ fn switch_now(thread: &Thread, control: &'static Control) {
 /// suspend: it is not the one that unwinds.
 #[cold]
 #[inline(never)]
-fn switch_while_panicking(thread: &Thread, control: &'static Control) {
+fn switch_while_panicking(thread: &Thread, control: &'static Control, running: Phase) {
     let unwinds = std::thread::panicking();
     control.entered_panicking.set(unwinds);
-    switch_now(thread, control);
+    switch_now(thread, control, running);
     control.entered_panicking.set(false);
 }
 
@@ -444,8 +452,9 @@ type Panic = Box<dyn std::any::Any + Send>;
 /// its panic on.
 #[inline(always)]
 fn finish(thread: &Thread, control: &'static Control) {
-    let holds = control.holds[0].get() | control.holds[1].get();
-    if !control.woke.get() && !control.odd_end.get() && holds == 0 {
+    if control.ends_plainly() {
+        release_homeless(thread, control);
+    } else if !control.woke().get() && !control.odd_end().get() && control.holds.get() == [0; 2] {
         release_plain(thread, control);
     } else {
         let woken = control.take_wakes().map(|(first, _)| first);
@@ -457,7 +466,7 @@ fn finish(thread: &Thread, control: &'static Control) {
 #[inline(never)]
 fn finish_otherwise(thread: &Thread, control: &'static Control, woken: Option<&'static Control>) {
     let mut panic = control.panic.take();
-    let holds = control.holds.each_ref().map(Cell::take);
+    let holds = control.holds.take();
     if holds != [0, 0] && panic.is_none() {
         // Rule 1.10. Raised like any other panic of the coroutine, so that the place is its
         // resumer.
@@ -476,7 +485,7 @@ fn finish_otherwise(thread: &Thread, control: &'static Control, woken: Option<&'
 /// Gives the slot of a finished or never started coroutine back.
 #[inline(always)]
 pub(crate) fn release(thread: &Thread, control: &'static Control) {
-    if control.odd_end.get() {
+    if control.odd_end().get() {
         release_odd(thread, control);
     } else {
         release_plain(thread, control);
@@ -486,12 +495,12 @@ pub(crate) fn release(thread: &Thread, control: &'static Control) {
 /// As [`release`], without a look at how it ended.
 #[inline(always)]
 fn release_plain(thread: &Thread, control: &'static Control) {
+    if !control.homed().get() {
+        return release_homeless(thread, control);
+    }
     // From here on every handle of this life is stale.
     control.life.store(0, Ordering::Relaxed);
     control.phase.set(Phase::Free);
-    if !control.homed.get() {
-        return thread.put(control);
-    }
     if control.moved.get() {
         moving::forget(control);
     }
@@ -500,12 +509,20 @@ fn release_plain(thread: &Thread, control: &'static Control) {
     unsafe { control.drop_home(|| thread.put(control)) };
 }
 
+/// As [`release_plain`], of a life without a home.
+#[inline(always)]
+fn release_homeless(thread: &Thread, control: &'static Control) {
+    control.life.store(0, Ordering::Relaxed);
+    control.phase.set(Phase::Free);
+    thread.put(control);
+}
+
 /// As [`release`], for a life that has panicked, or whose hook decides what becomes of the stack
 /// (rule 1.6). The life is over already, and current is the resumer.
 #[cold]
 #[inline(never)]
 fn release_odd(thread: &Thread, control: &'static Control) {
-    control.odd_end.set(false);
+    control.odd_end().set(false);
     let Some(hook) = control.release_hook.take() else {
         return release_plain(thread, control);
     };
@@ -546,15 +563,14 @@ fn run_woken(thread: &Thread, woken: Option<&'static Control>, panic: Option<Pan
     let (mut queue, mut panic) = (woken, panic);
     while let Some(control) = queue {
         queue = control.next.take();
-        switch(thread, control);
+        switch(thread, control, control.running());
         // Taken out before the release: the slot may live again as soon as it is in the pool.
         if let Some((head, tail)) = control.take_wakes() {
             tail.next.set(queue);
             queue = Some(head);
         }
         if control.phase.get() == Phase::Finished {
-            let holds = control.holds.iter().any(|held| held.get() != 0);
-            if holds || control.odd_end.get() {
+            if control.holds.get() != [0; 2] || control.odd_end().get() {
                 let inside = panic::catch_unwind(panic::AssertUnwindSafe(|| {
                     finish_otherwise(thread, control, None);
                 }));
@@ -587,7 +603,7 @@ pub(crate) fn resume_waiter(control: &'static Control) {
 pub(crate) fn resume_or_queue(thread: &Thread, control: &'static Control) {
     match thread.current.get() {
         None => {
-            resume(thread, control);
+            resume(thread, control, control.running());
         }
         Some(running) => {
             control.phase.set(Phase::Queued);
@@ -610,7 +626,7 @@ pub fn with_current<R>(f: impl FnOnce(Option<&Co>) -> R) -> R {
 /// How often the running coroutine holds `what`; 0 for the leader. A nested event loop is refused
 /// while it is not 0 (rule 4.4).
 pub fn current_holds(what: Hold) -> u32 {
-    pool::current().map_or(0, |control| control.holds[what as usize].get())
+    pool::current().map_or(0, |control| control.holds.get()[what as usize])
 }
 
 /// Ends a life that has never been entered: drops its entry.

@@ -98,8 +98,8 @@ impl Coroutine {
         let created = Location::caller();
         with_thread(|thread| {
             // SAFETY: `f` borrows nothing.
-            let control = unsafe { create(thread, DEFAULT_CLASS, "unnamed", None, created, f) }?;
-            Ok(Coroutine::by_hand(thread, control, "unnamed", created))
+            let born = unsafe { create(thread, DEFAULT_CLASS, "unnamed", None, created, f) }?;
+            Ok(Coroutine::by_hand(thread, born, "unnamed", created))
         })
     }
 
@@ -117,8 +117,8 @@ impl Coroutine {
         with_thread(|thread| {
             let (name, home) = (options.name, options.home.as_ref());
             // SAFETY: `f` borrows nothing.
-            let control = unsafe { create(thread, class, name, home, created, f) }?;
-            Ok(Coroutine::by_hand(thread, control, name, created))
+            let born = unsafe { create(thread, class, name, home, created, f) }?;
+            Ok(Coroutine::by_hand(thread, born, name, created))
         })
     }
 
@@ -127,12 +127,11 @@ impl Coroutine {
     #[inline]
     fn by_hand(
         thread: &Thread,
-        control: &'static Control,
+        (control, life): (&'static Control, u64),
         name: &'static str,
         created: &'static Location<'static>,
     ) -> Coroutine {
-        co::bind(thread, control);
-        let life = control.life.load(Ordering::Relaxed);
+        co::bind_own(thread, control);
         Coroutine {
             control,
             life,
@@ -155,11 +154,11 @@ impl Coroutine {
         control.prefetch_frames();
         if control.life.load(Ordering::Relaxed) != self.life
             || !matches!(control.phase.get(), Phase::New | Phase::Suspended)
-            || control.homed.get() && control.mark.is_set(self.life)
+            || control.homed().get() && control.mark.is_set(self.life)
         {
             self.refuse(Location::caller());
         }
-        co::resume(self.thread(), control)
+        co::resume(self.thread(), control, Phase::Running)
     }
 
     #[inline(always)]
@@ -210,11 +209,11 @@ impl Coroutine {
     pub(crate) fn set_release_hook(&self, hook: Hook) {
         let control = self.control;
         assert!(
-            self.is_live() && control.phase.get() == Phase::New && !control.homed.get(),
+            self.is_live() && control.phase.get() == Phase::New && !control.homed().get(),
             "a release hook is set before the first entry, on one that is driven by hand"
         );
         control.release_hook.set(Some(hook));
-        control.odd_end.set(true);
+        control.odd_end().set(true);
     }
 
     /// Bytes of its stack, guard page and control block included.
@@ -247,7 +246,8 @@ impl Coroutine {
 
     /// Whether it runs, or has entered another one and waits for that to come back.
     pub fn entered(&self) -> bool {
-        self.is_live() && matches!(self.control.phase.get(), Phase::Running | Phase::Entered)
+        let phase = self.control.phase.get();
+        self.is_live() && matches!(phase, Phase::Running | Phase::Roused | Phase::Entered)
     }
 
     /// Whether it has finished.
@@ -290,22 +290,22 @@ impl Coroutine {
                     control.detached.set(true);
                     return with_thread(|thread| bump(&thread.leaked));
                 }
-                control.unwinding.set(true);
+                control.unwinding().set(true);
                 // A `catch_unwind` in the body may stop the unwinding; it starts again at the next
                 // suspend.
                 while self.is_live() && control.phase.get() == Phase::Suspended {
-                    co::resume(self.thread(), control);
+                    co::resume(self.thread(), control, control.running());
                 }
             }
             // Nobody but us would ever resume it again: it is unwound when its turn in the queue
             // comes.
             Phase::Queued
-                if !control.homed.get()
+                if !control.homed().get()
                     && !control.detached.get()
                     && control.pinned.get() == 0
                     && cfg!(panic = "unwind") =>
             {
-                control.unwinding.set(true);
+                control.unwinding().set(true);
             }
             _ => control.detached.set(true),
         }
@@ -369,10 +369,10 @@ where
     }
     with_thread(|thread| {
         // SAFETY: `f` borrows nothing.
-        let control = unsafe { create(thread, DEFAULT_CLASS, name, Some(home), created, f) }?;
-        co::bind(thread, control);
+        let (control, _) = unsafe { create(thread, DEFAULT_CLASS, name, Some(home), created, f) }?;
+        co::bind_own(thread, control);
         control.detached.set(true);
-        co::resume(thread, control);
+        co::resume(thread, control, Phase::Running);
         Ok(())
     })
 }
@@ -415,22 +415,18 @@ where
 {
     with_thread(|thread| {
         // SAFETY: the caller's promise.
-        let control = unsafe { create(thread, DEFAULT_CLASS, name, Some(home), created, f) }?;
+        let born = unsafe { create(thread, DEFAULT_CLASS, name, Some(home), created, f) }?;
+        let (control, life) = born;
         control.thread.store(0, Ordering::Relaxed);
         control.detached.set(true);
-        Ok(Ready::first(
-            control,
-            control.life.load(Ordering::Relaxed),
-            home,
-            created,
-        ))
+        Ok(Ready::first(control, life, home, created))
     })
 }
 
 /// Bytes of an entry function that is written to the stack; a larger one is boxed.
 const LARGEST_ENTRY: usize = 512;
 
-/// A new life, phase `New`, not bound to a thread yet.
+/// A new life, phase `New`, not bound to a thread yet; and its number.
 ///
 /// # Safety
 /// What `f` borrows outlives the coroutine. A coroutine with an `f` that is not `Send` is only ever
@@ -443,20 +439,17 @@ unsafe fn create<F>(
     home: Option<&Arc<dyn Schedule>>,
     created: &'static Location<'static>,
     f: F,
-) -> Result<&'static Control, Error>
+) -> Result<(&'static Control, u64), Error>
 where
     F: for<'a> FnOnce(&'a Co),
 {
     let control = thread.take(class)?;
     // A slot comes back from its last life with these as they are here: nothing waits, nothing is
     // held.
-    debug_assert!(!control.woke.get() && !control.odd_end.get() && control.holds[0].get() == 0);
-    // Nobody sees it before it has a life; neighbours, so that they are one store.
-    control.phase.set(Phase::New);
-    control.pending.set(false);
-    control.unwinding.set(false);
-    control.suspended.set(false);
-    control.detached.set(false);
+    debug_assert!(!control.woke().get() && !control.odd_end().get() && !control.homed().get());
+    debug_assert_eq!(control.holds.get(), [0; 2]);
+    // Nobody sees it before it has a life.
+    control.begin();
     control.name.set(name);
     control.created.set(created);
     if let Some(home) = home {
@@ -466,14 +459,15 @@ where
     if const { size_of::<F>() <= LARGEST_ENTRY } {
         // SAFETY: the slot is fresh from the pool, so its stack is idle. The caller answers for
         // what `f` borrows; `run` catches its panic.
-        unsafe { control.prepare(move || run(control, f)) };
+        unsafe { control.prepare(move |control| run(control, f)) };
     } else {
         let f = Box::new(f);
         // SAFETY: as above.
-        unsafe { control.prepare(move || run(control, |co| f(co))) };
+        unsafe { control.prepare(move |control| run(control, |co| f(co))) };
     }
-    control.life.store(thread.new_life(), Ordering::Release);
-    Ok(control)
+    let life = thread.new_life();
+    control.life.store(life, Ordering::Release);
+    Ok((control, life))
 }
 
 /// Runs an entry on its coroutine's stack and keeps its panic for the resumer.
@@ -492,6 +486,6 @@ where
 fn keep_panic(control: &'static Control, panic: Box<dyn Any + Send>) {
     if !panic.is::<ForcedUnwind>() {
         control.panic.set(Some(panic));
-        control.odd_end.set(true);
+        control.odd_end().set(true);
     }
 }

@@ -7,6 +7,7 @@ use std::backtrace::Backtrace;
 use std::fmt;
 use std::panic::Location;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use crate::co::{self, describe, with_thread};
 use crate::stack;
@@ -38,8 +39,10 @@ pub struct Standing {
     pub waits_for: Option<&'static str>,
     /// Where it suspended; `None`: it runs, or has not begun.
     pub at: Option<&'static Location<'static>>,
-    /// How many switches its thread has made since it was last entered.
-    pub switches_ago: u64,
+    /// Nanoseconds since it was last entered, by the clock and to the accuracy of
+    /// [`note_time`](crate::note_time): with an event loop of `coblock-aio`, the beginning of that
+    /// pass of the loop. `None`: nobody had noted the time.
+    pub entered_ago: Option<u64>,
     /// Name of its home.
     pub home: Option<String>,
     /// High-water mark of its stack since that was last trimmed, in bytes, a multiple of the page
@@ -69,7 +72,7 @@ pub fn dump(backtraces: bool) -> Dump {
                 all.elsewhere += 1;
                 return;
             }
-            let mut standing = look(control, id, thread.switches.get());
+            let mut standing = look(control, id, thread.now.get());
             if backtraces {
                 standing.backtrace = co::backtrace_of(thread, control);
             }
@@ -81,7 +84,7 @@ pub fn dump(backtraces: bool) -> Dump {
 }
 
 /// A coroutine of the calling thread.
-fn look(control: &'static Control, id: u64, switches: u64) -> Standing {
+fn look(control: &'static Control, id: u64, now: u64) -> Standing {
     let phase = control.phase.get();
     let rests = control.suspended.get()
         && matches!(phase, Phase::Suspended | Phase::Waiting | Phase::Queued);
@@ -92,7 +95,10 @@ fn look(control: &'static Control, id: u64, switches: u64) -> Standing {
         state: describe(phase),
         waits_for: (phase == Phase::Waiting).then(|| control.waits_for.get()),
         at: rests.then(|| control.suspended_at.get()),
-        switches_ago: switches.saturating_sub(control.entered_as.get()),
+        entered_ago: match control.entered_at.get() {
+            then if then != 0 && phase != Phase::New => Some(now.saturating_sub(then)),
+            _ => None,
+        },
         home: co::Co::of(control)
             .home()
             .map(|home| home.name().to_string()),
@@ -108,7 +114,15 @@ impl fmt::Display for Standing {
             write!(f, " '{what}'")?;
         }
         if let Some(at) = self.at {
-            write!(f, " at {at}, {} switches ago", self.switches_ago)?;
+            write!(f, " at {at}")?;
+        }
+        if let Some(ns) = self.entered_ago {
+            let what = if self.at.is_some() {
+                "since"
+            } else {
+                "entered"
+            };
+            write!(f, ", {what} {:?} ago", Duration::from_nanos(ns))?;
         }
         write!(f, "; created at {}", self.created)?;
         if let Some(home) = &self.home {

@@ -56,7 +56,7 @@ pub use coroutine::{Coroutine, CoroutineOptions, run_in, run_scoped, start, star
 pub use dump::{Dump, Standing, dump};
 pub use error::Error;
 pub use io_wait::IoWait;
-pub use pool::{Stats, idle_stacks, stats, trim_idle};
+pub use pool::{Stats, idle_stacks, note_time, stats, trim_idle};
 pub use schedule::{Ready, Schedule, WakeHandle};
 pub use stack::overflow::install_overflow_handler;
 pub use stack::{DEFAULT_STACK_SIZE, force_mprotect_guards, guard_kind, set_stack_limit};

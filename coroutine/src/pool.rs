@@ -43,52 +43,73 @@ const fn shared_max(class: usize) -> usize {
 /// Idle slots of one size, last in, first out, linked through their `next`.
 struct List {
     head: Cell<Option<&'static Control>>,
-    count: Cell<usize>,
+    /// Slots above `most`, so negative while there is room: a push then sees by the sign alone
+    /// that it was one too many.
+    excess: Cell<isize>,
+    /// Above this number, slots are one too many.
+    most: Cell<isize>,
 }
 
 impl List {
-    const fn new() -> List {
+    const fn new(most: usize) -> List {
         List {
             head: Cell::new(None),
-            count: Cell::new(0),
+            excess: Cell::new(-1 - most.cast_signed()),
+            most: Cell::new(most.cast_signed()),
         }
+    }
+
+    fn count(&self) -> usize {
+        let count = self.excess.get() + self.most.get() + 1;
+        count.cast_unsigned()
+    }
+
+    /// Sets how many are not too many.
+    fn set_most(&self, most: usize) {
+        let count = self.count();
+        self.most.set(most.cast_signed());
+        self.excess
+            .set(count.cast_signed() - most.cast_signed() - 1);
     }
 
     #[inline]
     fn pop(&self) -> Option<&'static Control> {
         let first = self.head.get()?;
         self.head.set(first.next.get());
-        self.count.set(self.count.get() - 1);
+        self.excess.set(self.excess.get() - 1);
         Some(first)
     }
 
+    /// True: there are more than `most` now.
     #[inline]
-    fn push(&self, slot: &'static Control) {
+    fn push(&self, slot: &'static Control) -> bool {
         slot.next.set(self.head.get());
         self.head.set(Some(slot));
-        self.count.set(self.count.get() + 1);
+        self.excess.set(self.excess.get() + 1);
+        self.excess.get() >= 0
     }
 }
 
-/// The pool of one thread for one size.
+/// The pool of one thread for one size. Aligned, so that finding the one of a class is a shift.
+#[repr(align(64))]
 struct Local {
     idle: List,
-    /// Idle slots above this number are given away.
-    most: Cell<usize>,
     fresh: Cell<Fresh>,
 }
 
-const fn locals() -> [Local; CLASSES] {
+/// Classes, rounded up to a power of two: a masked index is never out of bounds.
+const LOCALS: usize = CLASSES.next_power_of_two();
+
+const fn locals() -> [Local; LOCALS] {
     let mut all = [const {
         Local {
-            idle: List::new(),
-            most: Cell::new(0),
+            idle: List::new(0),
             fresh: Cell::new(Fresh::EMPTY),
         }
-    }; CLASSES];
+    }; LOCALS];
     let mut class = 0;
     while class < CLASSES {
-        all[class].most = Cell::new(local_max(class));
+        all[class].idle = List::new(local_max(class));
         class += 1;
     }
     all
@@ -102,6 +123,10 @@ pub(crate) struct Thread {
     number: Cell<u64>,
     next_life: Cell<u64>,
     last_life: Cell<u64>,
+    /// What to add to `next_life` in order to know how many lives have begun here.
+    begun: Cell<u64>,
+    /// What time it is, see [`note_time`].
+    pub(crate) now: Cell<u64>,
     /// Thread locks held now (`sync::ThreadLock`, builds with debug assertions only).
     pub(crate) locks: Cell<u32>,
     /// The thread is ending: idle slots go straight to the shared list.
@@ -109,11 +134,10 @@ pub(crate) struct Thread {
     pub(crate) switches: Cell<u64>,
     pub(crate) stale_wakes: Cell<u64>,
     pub(crate) leaked: Cell<u64>,
-    created: Cell<u64>,
-    /// Of those, how many got a stack that nobody had used.
+    /// Lives that began here on a stack that nobody had used.
     fresh: Cell<u64>,
     finished: Cell<u64>,
-    local: [Local; CLASSES],
+    local: [Local; LOCALS],
 }
 
 thread_local! {
@@ -123,12 +147,13 @@ thread_local! {
             number: Cell::new(0),
             next_life: Cell::new(1),
             last_life: Cell::new(0),
+            begun: Cell::new(u64::MAX),
+            now: Cell::new(0),
             locks: Cell::new(0),
             ending: Cell::new(false),
             switches: Cell::new(0),
             stale_wakes: Cell::new(0),
             leaked: Cell::new(0),
-            created: Cell::new(0),
             fresh: Cell::new(0),
             finished: Cell::new(0),
             local: locals(),
@@ -183,6 +208,13 @@ pub(crate) fn bump(counter: &Cell<u64>) {
 }
 
 impl Thread {
+    /// Number of this thread, on which a life has begun already.
+    #[inline]
+    pub(crate) fn number_after_a_life(&self) -> u64 {
+        debug_assert!(self.number.get() != 0, "the first life has taken a number");
+        self.number.get()
+    }
+
     /// Number of this thread, never 0.
     #[inline]
     pub(crate) fn number(&self) -> u64 {
@@ -213,31 +245,41 @@ impl Thread {
     #[cold]
     fn more_lives(&self) -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(1);
+        self.number();
         let first = NEXT.fetch_add(LIVES, Ordering::Relaxed);
+        self.begun.set(self.created().wrapping_sub(first));
         self.next_life.set(first + 1);
         self.last_life.set(first + LIVES - 1);
         first
     }
 
-    /// An idle slot of `class`, phase `Free`.
+    /// Lives that have begun here.
+    fn created(&self) -> u64 {
+        self.next_life.get().wrapping_add(self.begun.get())
+    }
+
+    fn local(&self, class: usize) -> &Local {
+        &self.local[class % LOCALS]
+    }
+
+    /// An idle slot of `class`, phase `Free`; a new life is to begin on it.
     ///
     /// # Errors
     /// What [`Quarry::carve`] says, when no idle slot is left anywhere.
     #[inline]
     pub(crate) fn take(&self, class: usize) -> Result<&'static Control, Error> {
-        let slot = match self.local[class].idle.pop() {
+        let slot = match self.local(class).idle.pop() {
             Some(slot) => slot,
             None => self.take_slow(class)?,
         };
         debug_assert_eq!(slot.phase.get(), Phase::Free, "a pooled slot is free");
-        bump(&self.created);
         Ok(slot)
     }
 
     #[cold]
     #[inline(never)]
     fn take_slow(&self, class: usize) -> Result<&'static Control, Error> {
-        let local = &self.local[class];
+        let local = self.local(class);
         let mut fresh = local.fresh.get();
         if fresh.count == 0 {
             if !self.ending.get() {
@@ -265,9 +307,8 @@ impl Thread {
         debug_assert_eq!(slot.phase.get(), Phase::Free, "only a free slot is pooled");
         bump(&self.finished);
         let class = slot.class();
-        let local = &self.local[class];
-        local.idle.push(slot);
-        if local.idle.count.get() > local.most.get() {
+        let local = self.local(class);
+        if local.idle.push(slot) {
             self.spill(class);
         }
     }
@@ -285,14 +326,14 @@ impl Thread {
     #[cold]
     #[inline(never)]
     fn spill(&self, class: usize) {
-        let idle = &self.local[class].idle;
+        let idle = &self.local(class).idle;
         let keep = if self.ending.get() {
             0
         } else {
             local_max(class) / 2
         };
         let mut shared = lock(class);
-        while idle.count.get() > keep {
+        while idle.count() > keep {
             let slot = idle.pop().expect("the count is right");
             unbind(slot);
             shared.take_in(slot, class);
@@ -303,13 +344,13 @@ impl Thread {
     fn give_up(&self) {
         self.ending.set(true);
         for class in 0..CLASSES {
-            let local = &self.local[class];
-            local.most.set(0);
+            let local = self.local(class);
+            local.idle.set_most(0);
             let fresh = local.fresh.replace(Fresh::EMPTY);
             if fresh.count > 0 {
                 lock(class).leftovers.push(fresh);
             }
-            if local.idle.count.get() > 0 {
+            if local.idle.count() > 0 {
                 self.spill(class);
             }
         }
@@ -317,9 +358,9 @@ impl Thread {
 
     /// Moves idle slots from below the `keep` warmest ones to the cold list, up to `most` of them.
     fn cool(&self, class: usize, keep: usize, most: usize) -> usize {
-        let idle = &self.local[class].idle;
-        let warm = List::new();
-        while warm.count.get() < keep
+        let idle = &self.local(class).idle;
+        let warm = List::new(keep);
+        while warm.count() < keep
             && let Some(slot) = idle.pop()
         {
             warm.push(slot);
@@ -340,7 +381,7 @@ impl Thread {
     }
 
     fn idle_slots(&self) -> usize {
-        self.local.iter().map(|local| local.idle.count.get()).sum()
+        self.local.iter().map(|local| local.idle.count()).sum()
     }
 }
 
@@ -361,8 +402,8 @@ struct Shared {
 
 static SHARED: [Mutex<Shared>; CLASSES] = [const {
     Mutex::new(Shared {
-        warm: List::new(),
-        cold: List::new(),
+        warm: List::new(0),
+        cold: List::new(0),
         leftovers: Vec::new(),
         quarry: Quarry::new(),
     })
@@ -381,17 +422,17 @@ impl Shared {
             let Some(slot) = self.warm.pop() else { break };
             to.push(slot);
         }
-        if to.count.get() == 0
+        if to.count() == 0
             && let Some(slot) = self.cold.pop()
         {
             to.push(slot);
         }
-        to.count.get() > 0
+        to.count() > 0
     }
 
     /// Takes in an idle slot; one too many gives its pages back to the kernel.
     fn take_in(&mut self, slot: &'static Control, class: usize) {
-        if self.warm.count.get() < shared_max(class) {
+        if self.warm.count() < shared_max(class) {
             self.warm.push(slot);
         } else {
             stack::trim(slot);
@@ -436,9 +477,17 @@ pub fn trim_idle(most: usize) -> usize {
 /// not counted. A few loads, no lock.
 pub fn idle_stacks() -> usize {
     THREAD.with(|thread| {
-        let idle = thread.local.iter().map(|local| local.idle.count.get());
+        let idle = thread.local.iter().map(|local| local.idle.count());
         idle.map(|count| count.saturating_sub(WARM)).sum()
     })
+}
+
+/// Tells the coroutines of the calling thread what time it is, in nanoseconds of whatever clock: one
+/// that is entered is stamped with the last time that was noted, and [`dump`](crate::dump())
+/// compares the two. For an event loop, once a pass (that of `coblock-aio` does it); nothing else
+/// looks at it.
+pub fn note_time(now_ns: u64) {
+    THREAD.with(|thread| thread.now.set(now_ns));
 }
 
 /// What the coroutines of the calling thread have done so far, and what the process holds for them.
@@ -484,12 +533,12 @@ pub fn stats() -> Stats {
     let (mut warm, mut cold) = (0, 0);
     for class in 0..CLASSES {
         let shared = lock(class);
-        warm += shared.warm.count.get();
-        cold += shared.cold.count.get();
+        warm += shared.warm.count();
+        cold += shared.cold.count();
     }
     THREAD.with(|thread| Stats {
-        created: thread.created.get(),
-        reused: thread.created.get() - thread.fresh.get(),
+        created: thread.created(),
+        reused: thread.created() - thread.fresh.get(),
         finished: thread.finished.get(),
         switches: thread.switches.get(),
         stale_wakes: thread.stale_wakes.get(),

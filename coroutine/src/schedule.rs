@@ -231,7 +231,7 @@ fn wake_here(
     }
     match control.phase.get() {
         Phase::New | Phase::Suspended => {
-            if control.homed.get() {
+            if control.homed().get() {
                 control.detached.set(true);
             }
             control.set_marked_by(caller);
@@ -240,8 +240,11 @@ fn wake_here(
         }
         // It runs soon, and looks at its condition then.
         Phase::Queued => true,
-        Phase::Running | Phase::Entered | Phase::Waiting => {
+        phase @ (Phase::Running | Phase::Roused | Phase::Entered | Phase::Waiting) => {
             control.pending.set(true);
+            if phase == Phase::Running {
+                control.phase.set(Phase::Roused);
+            }
             bump(&thread.stale_wakes);
             false
         }

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use coblock_coroutine::{
-    Co, Coroutine, CoroutineOptions, Error, IoWait, Schedule, State, dump, guard_kind,
+    Co, Coroutine, CoroutineOptions, Error, IoWait, Schedule, State, dump, guard_kind, note_time,
     set_stack_limit, start, start_remote, stats, trim_idle,
 };
 use support::{TestHome, child, in_own_process, is_child};
@@ -24,6 +24,35 @@ fn named(name: &'static str, f: impl FnOnce(&Co) + 'static) -> Coroutine {
 fn a_function_that_waits(co: &Co) {
     co.suspend();
     std::hint::black_box(());
+}
+
+/// Since when a coroutine waits is told by whatever clock its thread was told; one that never ran
+/// waits for nothing, and where nobody notes the time nothing is said.
+#[test]
+fn tells_since_when() {
+    let ago = |co: &Coroutine| {
+        let all = dump(false).standing;
+        let found = all.iter().find(|one| one.id == co.id());
+        let one = found.expect("it is there");
+        (one.entered_ago, one.to_string())
+    };
+    let early = named("early", |co| (0..2).for_each(|_| co.suspend()));
+    early.enter();
+    assert_eq!(ago(&early).0, None, "nobody has noted the time");
+    note_time(5_000_000_000);
+    let late = named("late", |co| co.suspend());
+    early.enter();
+    note_time(6_500_000_000);
+    late.enter();
+    let unborn = named("unborn", |_| ());
+    note_time(6_750_000_000);
+    let (since, text) = ago(&early);
+    assert_eq!(since, Some(1_750_000_000));
+    assert!(text.contains(", since 1.75s ago"), "{text}");
+    assert_eq!(ago(&late).0, Some(250_000_000));
+    assert_eq!(ago(&unborn).0, None, "its stack's last life is over");
+    early.enter();
+    late.enter();
 }
 
 /// Each coroutine of the thread is there, with its state, its place, its operation, its home and a
@@ -56,7 +85,7 @@ fn tells_who_waits_where() {
     assert_eq!((one.id, one.state), (by_hand.id(), "suspended"));
     assert!(one.at.unwrap().file().ends_with("dump.rs"));
     assert_eq!(one.at.unwrap().line(), line_of("co.suspend();"));
-    assert!(one.switches_ago >= 1 && one.stack_used >= 4096, "{one}");
+    assert!(one.stack_used >= 4096, "{one}");
     let trace = one.backtrace.as_ref().unwrap().to_string();
     assert!(trace.contains("a_function_that_waits"), "{trace}");
     let two = find("at home");

@@ -12,15 +12,16 @@ import gdb
 import gdb.unwinder
 
 SYMBOL = "coblock_coroutine::stack::debugger::LAYOUT"
-VERSION = 1
+VERSION = 2
 # As in src/stack/debugger.rs.
 FIELDS = """version arenas arena_low arena_class arena_carved arena_placed arena_next guard
     smallest_stack colours colour_step control_size phase suspended raw raw_size life thread name
     created suspended_at waits_for""".split()
 # As in `enum Phase`, src/stack/control.rs.
-PHASES = ["over", "not started", "suspended", "waiting for an operation", "woken and queued",
-          "running", "waiting for another coroutine that it has entered", "finished", "finished"]
-SUSPENDED, WAITING, QUEUED = 2, 3, 4
+PHASES = ["not started", "suspended", "waiting for an operation", "woken and queued",
+          "running", "running", "waiting for another coroutine that it has entered", "finished",
+          "finished"]
+SUSPENDED, WAITING, QUEUED = 1, 2, 3
 KEPT = 1 << 63
 MOST_FRAMES = 200
 # The first frames on a stack, below which there is nothing to see.
@@ -82,7 +83,7 @@ class Coroutine:
         self.table = table
 
     def live(self):
-        return self.life != 0 and self.life & KEPT == 0 and 0 < self.phase < len(PHASES)
+        return self.life != 0 and self.life & KEPT == 0 and self.phase < len(PHASES)
 
     def rests(self):
         return self.suspended and self.phase in (SUSPENDED, WAITING, QUEUED)

@@ -16,6 +16,7 @@ use crate::co::{self, Co, with_thread};
 use crate::error::Error;
 use crate::schedule::{Schedule, WakeHandle};
 use crate::stack::DEFAULT_CLASS;
+use crate::stack::control::Phase;
 
 /// What the entry function came to: its result, or its panic.
 type Outcome<R> = Result<R, Box<dyn Any + Send>>;
@@ -56,14 +57,14 @@ pub fn run_scoped<R>(
         // SAFETY: the entry borrows `outcome`, `finished` and what `f` borrows; this frame outlives
         // it, because it is left only after `finished` (which the entry sets last), or never:
         // `AbortUnlessFinished`. It is entered on this thread alone.
-        let control = unsafe { create(thread, DEFAULT_CLASS, NAME, home, created, entry) }?;
-        co::bind(thread, control);
+        let (control, _) = unsafe { create(thread, DEFAULT_CLASS, NAME, home, created, entry) }?;
+        co::bind_own(thread, control);
         control.detached.set(true);
         let guard = AbortUnlessFinished {
             finished: &finished,
             created,
         };
-        co::resume(thread, control);
+        co::resume(thread, control, Phase::Running);
         while !finished.get() {
             turn();
         }

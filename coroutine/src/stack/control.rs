@@ -51,8 +51,6 @@ pub(crate) const KEPT: u64 = 1 << 63;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub(crate) enum Phase {
-    /// Idle: the slot is in a pool.
-    Free,
     /// Created, never entered.
     New,
     /// Suspended by `Co::suspend`: entering by hand or a wake resumes it.
@@ -61,14 +59,19 @@ pub(crate) enum Phase {
     Waiting,
     /// Woken by a running coroutine, and in its queue (rule 1.9).
     Queued,
-    /// The current coroutine of its thread.
+    /// The current coroutine of its thread, and not woken meanwhile.
     Running,
+    /// The current coroutine of its thread, and woken meanwhile (`pending`): its next bare suspend
+    /// returns at once.
+    Roused,
     /// Has entered another one and waits for it to come back.
     Entered,
     /// The entry has returned; the resumer is about to release the slot.
     Finished,
     /// Over, and its release hook has vetoed: the slot belongs to the handle until that is dropped.
     Kept,
+    /// Idle: the slot is in a pool.
+    Free,
 }
 
 /// The switch; made anew for each life, which costs a few stores.
@@ -80,30 +83,23 @@ type Raw = corosensei::Coroutine<(), (), (), SlotStack>;
 pub(crate) struct Control {
     // ---- the one line that a switch touches
     pub(crate) phase: Cell<Phase>,
+    /// Has suspended in this life. Beside the phase: a suspend sets both with one store.
+    pub(crate) suspended: Cell<bool>,
     /// A wake came while this coroutine could not be resumed: its next bare suspend returns at
     /// once.
     pub(crate) pending: Cell<bool>,
-    /// A resume is no plain resume: it unwinds, because the handle was dropped; or, while
-    /// `telling`, only tells where this coroutine stands.
-    pub(crate) unwinding: Cell<bool>,
-    /// Has suspended in this life.
-    pub(crate) suspended: Cell<bool>,
     /// Belongs to a home or to nobody: dropping the handle does nothing.
     pub(crate) detached: Cell<bool>,
-    /// Has woken others while it ran: `wakes_head` is not empty.
-    pub(crate) woke: Cell<bool>,
-    /// Has a home.
-    pub(crate) homed: Cell<bool>,
-    /// Its end is no plain one: it has a release hook (never together with a home), or it has
-    /// panicked.
-    pub(crate) odd_end: Cell<bool>,
+    /// What an end must look at, see [`Control::woke`] and below; one comparison sees that there is
+    /// nothing.
+    odd: Cell<[bool; 4]>,
     raw: UnsafeCell<MaybeUninit<Raw>>,
     /// Process-unique number of this life; 0 while the slot is free.
     pub(crate) life: AtomicU64,
     /// Where it suspended last.
     pub(crate) suspended_at: Cell<&'static Location<'static>>,
-    /// Number of the switch of its thread that entered it last.
-    pub(crate) entered_as: Cell<u64>,
+    /// What time it was when it was entered last, see [`note_time`](crate::note_time).
+    pub(crate) entered_at: Cell<u64>,
 
     // ---- one line that a wake, a creation or an end touches
     /// Number of the thread on which this life runs; 0 before its first entry.
@@ -111,7 +107,7 @@ pub(crate) struct Control {
     /// Next in the list that this one is in: a wake queue, or a pool.
     pub(crate) next: Cell<Option<&'static Control>>,
     /// Locks held: `[Hold::Lock, Hold::GraphRead]`.
-    pub(crate) holds: [Cell<u32>; 2],
+    pub(crate) holds: Cell<[u32; 2]>,
     pub(crate) name: Cell<&'static str>,
     pub(crate) created: Cell<&'static Location<'static>>,
     class: u8,
@@ -177,13 +173,16 @@ unsafe fn forget_frames(control: &Control) {
     let _ = control;
 }
 
-/// How far below the base of a stack corosensei keeps the parent link. Not in its interface, so
-/// each life checks it when it begins.
+/// How far below the base of a stack corosensei keeps the parent link. Not in its interface, so it
+/// is checked on each stack before its first life ([`Control::place`]).
 const PARENT_LINK: usize = if cfg!(target_arch = "powerpc64") {
     32
 } else {
     16
 };
+
+/// The same from a control block, where the stack begins; the sanitizer's words lie between.
+const BASE_TO_PARENT_LINK: usize = PARENT_LINK + if cfg!(feature = "sanitizer") { 16 } else { 0 };
 
 #[cold]
 #[inline(never)]
@@ -225,20 +224,17 @@ impl Control {
         );
         let new = Control {
             phase: Cell::new(Phase::Free),
-            pending: Cell::new(false),
-            unwinding: Cell::new(false),
             suspended: Cell::new(false),
+            pending: Cell::new(false),
             detached: Cell::new(false),
-            woke: Cell::new(false),
-            homed: Cell::new(false),
-            odd_end: Cell::new(false),
+            odd: Cell::new([false; 4]),
             raw: UnsafeCell::new(MaybeUninit::uninit()),
             life: AtomicU64::new(0),
             suspended_at: Cell::new(Location::caller()),
-            entered_as: Cell::new(0),
+            entered_at: Cell::new(0),
             thread: AtomicU64::new(0),
             next: Cell::new(None),
-            holds: [const { Cell::new(0) }; 2],
+            holds: Cell::new([0; 2]),
             name: Cell::new(""),
             created: Cell::new(Location::caller()),
             class: u8::try_from(class).expect("few classes"),
@@ -267,7 +263,22 @@ impl Control {
         let control: &'static Control = unsafe { &*at };
         super::note_placed(control);
         register_with_valgrind(control);
+        control.check_parent_link();
         control
+    }
+
+    /// Switches to this stack and back, and looks where the parent link is.
+    fn check_parent_link(&'static self) {
+        let here = self.parent_link();
+        // SAFETY: the stack is idle and lives for ever; the entry borrows nothing.
+        let mut raw = unsafe {
+            Raw::with_stack_unchecked(SlotStack(self), move |yielder, ()| {
+                if ptr::from_ref(yielder).addr() != here {
+                    wrong_parent_link();
+                }
+            })
+        };
+        raw.resume(());
     }
 
     /// Puts `entry` on the stack, ready for the first [`Control::switch_in`].
@@ -278,27 +289,29 @@ impl Control {
     #[inline(always)]
     pub(crate) unsafe fn prepare<F>(&'static self, entry: F)
     where
-        F: FnOnce(),
+        F: FnOnce(&'static Control),
     {
         // SAFETY: the stack is idle, as the caller promises.
         unsafe { forget_frames(self) };
+        let body = move |yielder: &Yielder<(), ()>, ()| {
+            // Found by the place of the parent link, and not carried along: what is copied at each
+            // beginning is the entry alone, and the frames are that much nearer.
+            let at = ptr::from_ref(yielder).addr() + BASE_TO_PARENT_LINK;
+            // SAFETY: the parent link of this stack lies there (checked by `place`), so this is the
+            // address of `self`: a control block in mapped memory, exposed by `map_arena`.
+            let control = unsafe { &*ptr::with_exposed_provenance::<Control>(at) };
+            entry(control);
+            control.phase.set(Phase::Finished);
+            if control.suspended.get() {
+                // The last switch of this life. It leaves the stack as it is, and nobody comes
+                // back: after a suspend, each return through the frames below is mispredicted;
+                // without one, they are predicted, and this switch were not.
+                yielder.suspend(());
+            }
+        };
         // SAFETY: the stack is idle and lives for ever; the caller answers for what `entry`
         // borrows.
-        let raw = unsafe {
-            Raw::with_stack_unchecked(SlotStack(self), move |yielder, ()| {
-                if ptr::from_ref(yielder).addr() != self.parent_link() {
-                    wrong_parent_link();
-                }
-                entry();
-                self.phase.set(Phase::Finished);
-                if self.suspended.get() {
-                    // The last switch of this life. It leaves the stack as it is, and nobody comes
-                    // back: after a suspend, each return through the frames below is mispredicted;
-                    // without one, they are predicted, and this switch were not.
-                    yielder.suspend(());
-                }
-            })
-        };
+        let raw = unsafe { Raw::with_stack_unchecked(SlotStack(self), body) };
         let room = self.raw.get().cast::<Raw>();
         // SAFETY: nobody uses the one of the last life any more. It needs no drop: its entry is
         // gone, run or dropped, and it owns nothing else.
@@ -319,9 +332,7 @@ impl Control {
     /// `Yielder`. Kept nowhere, since the line of a control block that each switch touches is full.
     #[inline(always)]
     fn parent_link(&self) -> usize {
-        let base = ptr::from_ref(self).addr();
-        let sanitizer = if cfg!(feature = "sanitizer") { 16 } else { 0 };
-        base - sanitizer - PARENT_LINK
+        ptr::from_ref(self).addr() - BASE_TO_PARENT_LINK
     }
 
     /// Asks the processor for the place where a coroutine with few frames has left its registers:
@@ -336,6 +347,65 @@ impl Control {
             let at = ptr::from_ref(self).cast::<i8>().wrapping_sub(128);
             // SAFETY: a prefetch reads nothing, whatever the address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at) };
+        }
+    }
+
+    /// Begins a life: phase `New`, and nothing has happened in it. Neighbours, so that it is one
+    /// store.
+    #[inline(always)]
+    pub(crate) fn begin(&self) {
+        self.phase.set(Phase::New);
+        self.suspended.set(false);
+        self.pending.set(false);
+        self.detached.set(false);
+        self.odd.set([false; 4]);
+    }
+
+    /// Has woken others while it ran: `wakes_head` is not empty.
+    #[inline(always)]
+    pub(crate) fn woke(&self) -> &Cell<bool> {
+        &self.odd.as_array_of_cells()[0]
+    }
+
+    /// Has a home.
+    #[inline(always)]
+    pub(crate) fn homed(&self) -> &Cell<bool> {
+        &self.odd.as_array_of_cells()[1]
+    }
+
+    /// Its end is no plain one: it has a release hook (never together with a home), or it has
+    /// panicked.
+    #[inline(always)]
+    pub(crate) fn odd_end(&self) -> &Cell<bool> {
+        &self.odd.as_array_of_cells()[2]
+    }
+
+    /// A resume is no plain resume: it unwinds, because the handle was dropped; or, while
+    /// `telling`, only tells where this coroutine stands.
+    #[inline(always)]
+    pub(crate) fn unwinding(&self) -> &Cell<bool> {
+        &self.odd.as_array_of_cells()[3]
+    }
+
+    /// How much of one kind is held, see `holds`.
+    #[inline(always)]
+    pub(crate) fn held(&self, what: usize) -> &Cell<u32> {
+        &self.holds.as_array_of_cells()[what]
+    }
+
+    /// Whether none of the above is so, and nothing is held.
+    #[inline(always)]
+    pub(crate) fn ends_plainly(&self) -> bool {
+        self.odd.get() == [false; 4] && self.holds.get() == [0; 2]
+    }
+
+    /// The phase of this coroutine when it runs on.
+    #[inline(always)]
+    pub(crate) fn running(&self) -> Phase {
+        if self.pending.get() {
+            Phase::Roused
+        } else {
+            Phase::Running
         }
     }
 
@@ -372,8 +442,9 @@ impl Control {
     /// Runs on the stack of this slot.
     #[inline(always)]
     pub(crate) unsafe fn switch_out(&self) {
-        // SAFETY: the parent link of a stack with a life is a `Yielder` at this place: checked when
-        // the life began (`prepare`). Its address is that of mapped memory, exposed by `map_arena`.
+        // SAFETY: the parent link of a stack with a life is a `Yielder` at this place: checked
+        // before its first life (`place`). Its address is that of mapped memory, exposed by
+        // `map_arena`.
         let yielder =
             unsafe { &*ptr::with_exposed_provenance::<Yielder<(), ()>>(self.parent_link()) };
         yielder.suspend(());
@@ -408,7 +479,7 @@ impl Control {
     /// The calling thread owns this slot, which has no home.
     #[inline(always)]
     pub(crate) unsafe fn set_home(&self, home: &Arc<dyn Schedule>) {
-        self.homed.set(true);
+        self.homed().set(true);
         // SAFETY: the caller owns the cell. What is overwritten is `None`, which needs no drop.
         unsafe { self.home.get().write(Some(home.clone())) };
     }
@@ -420,7 +491,7 @@ impl Control {
     /// The calling thread owns this slot, and nobody holds a reference that [`Control::home`] gave.
     #[inline(always)]
     pub(crate) unsafe fn drop_home(&self, between: impl FnOnce()) {
-        self.homed.set(false);
+        self.homed().set(false);
         // SAFETY: the caller owns the cell and no reference into it is alive.
         let home = unsafe { self.home.get().replace(None) };
         between();
@@ -431,15 +502,15 @@ impl Control {
     pub(crate) fn push_wake(&self, other: &'static Control) {
         other.next.set(None);
         match self.wakes_tail.replace(Some(other)) {
-            Some(tail) if self.woke.get() => tail.next.set(Some(other)),
+            Some(tail) if self.woke().get() => tail.next.set(Some(other)),
             _ => self.wakes_head.set(Some(other)),
         }
-        self.woke.set(true);
+        self.woke().set(true);
     }
 
     /// Takes the queue of the coroutines that this one has woken: its first and last.
     pub(crate) fn take_wakes(&self) -> Option<(&'static Control, &'static Control)> {
-        if !self.woke.replace(false) {
+        if !self.woke().replace(false) {
             return None;
         }
         let first = self.wakes_head.take().expect("it woke somebody");

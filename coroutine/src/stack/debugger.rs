@@ -45,7 +45,7 @@ unsafe impl Sync for Layout {}
 /// The table. Whoever maps an arena refers to it, so that it is linked into every program that has
 /// coroutines.
 pub(super) static LAYOUT: Layout = Layout {
-    version: 1,
+    version: 2,
     arenas: ptr::from_ref(&ARENAS),
     arena_low: offset_of!(Arena, low) as u64,
     arena_class: offset_of!(Arena, class) as u64,

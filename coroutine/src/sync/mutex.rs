@@ -73,7 +73,7 @@ impl<T> CoMutex<T> {
     }
 
     fn guard(&self, co: &Co, value: Box<T>) -> CoMutexGuard<'_, T> {
-        let held = &co.control().holds[Hold::Lock as usize];
+        let held = co.control().held(Hold::Lock as usize);
         held.set(held.get() + 1);
         CoMutexGuard {
             mutex: self,
@@ -170,7 +170,7 @@ impl<T> Drop for CoMutexGuard<'_, T> {
         let running = pool::current().map(Co::of);
         match running.filter(|co| co.id() == self.owner) {
             Some(co) => {
-                let held = &co.control().holds[Hold::Lock as usize];
+                let held = co.control().held(Hold::Lock as usize);
                 held.set(held.get() - 1);
                 let value = self
                     .value

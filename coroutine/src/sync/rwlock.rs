@@ -130,7 +130,7 @@ impl<T> CoRwLock<T> {
     }
 
     fn side(&self, co: &Co, want: Want, value: Arc<T>) -> Side<'_, T> {
-        let held = &co.control().holds[Hold::Lock as usize];
+        let held = co.control().held(Hold::Lock as usize);
         held.set(held.get() + 1);
         Side {
             lock: self,
@@ -204,7 +204,7 @@ impl<T> Side<'_, T> {
         let Some(co) = running.filter(|co| co.id() == self.owner) else {
             self.refuse(running)
         };
-        let held = &co.control().holds[Hold::Lock as usize];
+        let held = co.control().held(Hold::Lock as usize);
         held.set(held.get() - 1);
         self.value
             .take()
