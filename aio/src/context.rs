@@ -17,6 +17,7 @@ use crate::fd_handler::{FdHandler, Handlers};
 use crate::monitor::{Monitor, MonitorKind};
 use crate::notifier::EventNotifier;
 use crate::notify::Notify;
+use crate::postpone::Postponed;
 use crate::thread_pool::{ThreadPool, WorkPool};
 use crate::timer::{Timer, Timers};
 use coblock_coroutine::{Co, Error, Ready, Schedule, ThreadLock};
@@ -185,6 +186,7 @@ pub struct AioContext {
     pub(crate) handlers: Handlers,
     pub(crate) timers: Timers,
     pub(crate) halves: Register,
+    pub(crate) postponed: Postponed,
     pub(crate) park: Option<Arc<dyn Park>>,
     pool: OnceLock<Arc<dyn WorkPool>>,
     /// Coroutines that began here and have not finished. Written by the home alone, with plain
@@ -218,6 +220,7 @@ impl AioContext {
             handlers: Handlers::new(),
             timers: Timers::new(options.clock.clone()),
             halves: Register::default(),
+            postponed: Postponed::default(),
             park: options.park.clone(),
             pool: options
                 .pool
@@ -350,7 +353,10 @@ impl AioContext {
     pub fn enable_external(&self) {
         let here = Location::caller();
         match self.handlers.enable_external(&self.monitor, here) {
-            Ok(true) => self.kick(),
+            Ok(true) => {
+                self.kick();
+                self.run_postponed();
+            }
             Ok(false) => {}
             Err(undone) => {
                 let before = undone.map_or_else(

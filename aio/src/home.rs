@@ -269,7 +269,8 @@ impl Home {
     /// Ends the context (rule 3.3): what was posted still runs, then everything must be gone.
     ///
     /// # Panics
-    /// When bottom halves, coroutines, armed timers or descriptor handlers are left; names them.
+    /// When bottom halves, coroutines, armed timers, descriptor handlers or postponed actions are
+    /// left; names them.
     /// Dropping a home does the same.
     pub fn close(self) {
         drop(self);
@@ -305,6 +306,7 @@ impl Home {
         left.extend(context.timers.armed());
         left.extend(context.handlers.describe());
         left.extend(core.work.describe());
+        left.extend(context.postponed.describe());
         assert!(
             left.is_empty(),
             "context '{}' closed with live {} (rule 3.3)",

@@ -25,6 +25,7 @@
 //! * [`co`]: what a coroutine waits for
 //! * `transfer`: what follows a short or interrupted transfer
 //! * `wait_while`: waiting for a condition from outside of coroutines
+//! * `postpone`: actions that wait until external requests are enabled again
 //! * `home`: the right to drive a context; one pass of the loop
 //! * `engine`: io_uring, or threads
 //! * `current`: which context a thread drives
@@ -64,6 +65,7 @@ mod monitor;
 mod r#move;
 mod notifier;
 mod notify;
+mod postpone;
 mod thread_pool;
 mod timer;
 pub mod transfer;
@@ -89,6 +91,7 @@ pub use medium::Medium;
 pub use monitor::MonitorKind;
 pub use r#move::move_to;
 pub use notifier::EventNotifier;
+pub use postpone::{PostponedAction, Postponer};
 pub use sys::fence::{heavy_fence, light_fence};
 pub use thread_pool::{Job, ThreadPool, WorkHandle, WorkPool};
 pub use timer::Timer;
