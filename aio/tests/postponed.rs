@@ -172,7 +172,7 @@ fn rule_6_4_cancel_races_with_the_end_of_sections() {
                     context.disable_external();
                     let handle = owner.postpone(note(&ran, n));
                     context.enable_external();
-                    if n % 3 == 0 && handle.cancel() {
+                    if n.is_multiple_of(3) && handle.cancel() {
                         cancelled.push(n);
                     }
                 }

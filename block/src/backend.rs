@@ -14,6 +14,7 @@ use crate::graph::{Graph, GraphRead};
 use crate::io::Status;
 use crate::node::{Node, close_unused};
 use crate::request_table::{RequestKind, RequestTable, Tracked};
+use crate::throttle::ThrottleGroup;
 use crate::types::{RequestFlags, bytes};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
@@ -386,6 +387,12 @@ impl BlockBackend {
             };
         }
         drop(resuming);
+        if self
+            .check_range(self.root.requests.is_closed(), offset, len)
+            .is_ok()
+        {
+            self.root.throttle(co, kind, len);
+        }
         admitted.closed = self.root.requests.is_closed();
         Ok(admitted)
     }
@@ -407,6 +414,12 @@ impl BlockBackend {
                 .requests()
                 .begin(slot, to_offset, range.1, RequestKind::Write);
             if to.requests().is_plain() || !to.root.must_queue() {
+                if to
+                    .check_range(to.root.requests.is_closed(), to_offset, range.1)
+                    .is_ok()
+                {
+                    to.root.throttle(co, RequestKind::Write, range.1);
+                }
                 return Ok(AdmittedBoth { target, source });
             }
         }
@@ -450,8 +463,9 @@ impl BlockBackend {
     /// does nothing.
     pub fn close(&self, co: &Co) -> Result<()> {
         self.root.requests.close();
-        // Who is held back finds it closed.
+        // Who is held back finds it closed, and nobody waits for limits any more.
         self.root.open();
+        self.root.set_throttle(None);
         self.root.requests.wait_idle(co);
         if self.detach() {
             close_unused(co, &self.graph, self.node.clone())
@@ -481,6 +495,12 @@ impl BlockBackend {
     /// it off lets those go on that wait.
     pub fn set_request_queueing(&self, on: bool) {
         self.root.set_queueing(on);
+    }
+
+    /// Reads, writes, zeroes and discards keep to the limits of `group` from now on, or to none. Those
+    /// that wait for limits that were set before go on. In drained sections there are none.
+    pub fn set_throttle(&self, group: Option<&Arc<ThrottleGroup>>) {
+        self.root.set_throttle(group);
     }
 
     /// How many requests wait for a drained section to end.

@@ -374,13 +374,14 @@ impl DriverRegistry {
         Self::default()
     }
 
-    /// With the drivers of this crate: `file`, `raw`, `null-co` and `sim`.
+    /// With the drivers of this crate: `file`, `raw`, `null-co`, `sim` and `throttle`.
     pub fn with_builtin() -> Self {
         let mut registry = Self::new();
         registry.register("file", Box::new(crate::drivers::file::OpenFile));
         registry.register("raw", Box::new(crate::drivers::raw::OpenRaw));
         registry.register("null-co", Box::new(crate::drivers::null::OpenNull));
         registry.register("sim", Box::new(crate::drivers::sim::OpenSim));
+        registry.register("throttle", Box::new(crate::drivers::throttle::OpenThrottle));
         registry
     }
 

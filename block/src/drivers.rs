@@ -4,3 +4,4 @@ pub mod file;
 pub mod null;
 pub mod raw;
 pub mod sim;
+pub mod throttle;

@@ -8,6 +8,7 @@ pub use write::GraphWrite;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph_lock::{ContextSlot, GraphLock, MAX_CONTEXTS, ReadLocked, TooManyContexts};
 use crate::node::Node;
+use crate::throttle::ThrottleGroup;
 use coblock_aio::{AioContext, AioWait};
 use coblock_coroutine::{Co, Schedule, ThreadLock};
 use std::collections::BTreeMap;
@@ -32,6 +33,7 @@ pub struct Graph {
     /// through which that spreads, is under this lock; see `drain.rs`.
     pub(crate) sections: ThreadLock<u32>,
     nodes: ThreadLock<Nodes>,
+    throttle_groups: ThreadLock<BTreeMap<String, Arc<ThrottleGroup>>>,
     live: AtomicUsize,
 }
 
@@ -49,6 +51,7 @@ impl Graph {
             lock: GraphLock::new(Box::new(kick)),
             sections: ThreadLock::new(0),
             nodes: ThreadLock::new(Nodes::default()),
+            throttle_groups: ThreadLock::new(BTreeMap::new()),
             live: AtomicUsize::new(0),
         })
     }
@@ -122,6 +125,30 @@ impl Graph {
     /// looked at one after the other (rule 7.3).
     pub fn readers(&self) -> u32 {
         self.lock.sum()
+    }
+
+    /// Makes a group findable for `throttle` nodes.
+    ///
+    /// # Errors
+    /// `InUse`: there is one of that name.
+    pub fn add_throttle_group(&self, group: &Arc<ThrottleGroup>) -> Result<()> {
+        let mut groups = self.throttle_groups.lock();
+        if groups.contains_key(group.name()) {
+            let message = format!("There is a throttle group '{}' already", group.name());
+            return Err(Error::new(ErrorKind::InUse, message));
+        }
+        groups.insert(group.name().to_owned(), group.clone());
+        Ok(())
+    }
+
+    /// Nodes that are opened from now on do not find it; those that use it keep it.
+    pub fn remove_throttle_group(&self, name: &str) -> Option<Arc<ThrottleGroup>> {
+        self.throttle_groups.lock().remove(name)
+    }
+
+    /// The group of that name.
+    pub fn throttle_group(&self, name: &str) -> Option<Arc<ThrottleGroup>> {
+        self.throttle_groups.lock().get(name).cloned()
     }
 
     /// The node of that name.

@@ -5,12 +5,13 @@
 //!               callback        for callers with callbacks (rule 2.4)
 //!               backend         BlockBackend: the user's handle
 //!   nodes       open, gate      from options to nodes; files that an image names
-//!               drivers/        file, raw, null-co, sim
+//!               drivers/        file, raw, null-co, sim, throttle
 //!               io/             a request's way through a node: align, serialise, split, bounce, copy, flush, status
 //!               node, child, driver     these three know each other
 //!               drain           drained sections: nothing new comes, nothing is in flight (5.1 to 5.11)
 //!               graph           all nodes, GraphRead, GraphWrite
-//!   below       request_table   requests in flight, who waits for whom
+//!   below       throttle        limits shared by groups: buckets, turns (8.1)
+//!               request_table   requests in flight, who waits for whom
 //!               graph_lock      readers in every context, one writer in the main one (7.1 to 7.8)
 //!               options, error, types, sync
 //! ```
@@ -29,6 +30,7 @@ pub mod gate;
 pub mod mixed;
 pub mod options;
 pub mod request_table;
+pub mod throttle;
 pub mod types;
 
 mod backend;

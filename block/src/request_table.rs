@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   RequestTable
-//!     special      serialising requests + QUIESCED + CLOSED: zero on the fast path
+//!     special      serialising requests + THROTTLED + QUIESCED + CLOSED: zero on the fast path
 //!     waiters      who looks for something to end: zero on the fast path
 //!     rows[slot]   one per context, made at its first request
 //!        live      bit i: place i is in use                 stored to by the context's home only,
@@ -495,6 +495,11 @@ impl RequestTable {
     /// are seen by who looks after a heavy fence.
     pub(crate) fn set_quiesced(&self, on: bool) {
         self.special.set_quiesced(on);
+    }
+
+    /// New requests of this user do not find [`RequestTable::is_plain`].
+    pub(crate) fn set_throttled(&self, on: bool) {
+        self.special.set_throttled(on);
     }
 
     #[inline]

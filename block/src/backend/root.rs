@@ -9,7 +9,8 @@
 //! That test is repeated under the queue's lock, in one step with enqueueing.
 
 use crate::drain::{Busy, Collected, Parent, Section};
-use crate::request_table::RequestTable;
+use crate::request_table::{RequestKind, RequestTable};
+use crate::throttle::{Direction, Member, ThrottleGroup};
 use coblock_coroutine::{Co, ThreadLock, WakeHandle};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -52,6 +53,7 @@ struct Gate {
     queue: BTreeMap<u64, Queued>,
     next_ticket: u64,
     device: Option<Arc<dyn Device>>,
+    throttle: Option<Arc<Member>>,
 }
 
 struct Queued {
@@ -111,6 +113,34 @@ impl Root {
         self.gate.lock().no_queueing = !on;
         if !on {
             self.open();
+        }
+    }
+
+    /// New requests keep to the limits of `group`, those that wait for old ones go on.
+    pub(crate) fn set_throttle(&self, group: Option<&Arc<ThrottleGroup>>) {
+        let mut gate = self.gate.lock();
+        let member = group.map(ThrottleGroup::join);
+        if gate.quiesced
+            && let Some(member) = &member
+        {
+            member.lift(true);
+        }
+        self.requests.set_throttled(member.is_some());
+        if let Some(before) = std::mem::replace(&mut gate.throttle, member) {
+            before.lift(true);
+        }
+    }
+
+    /// Suspends as long as the limits of this user say.
+    pub(crate) fn throttle(&self, co: &Co, kind: RequestKind, len: u64) {
+        let direction = match kind {
+            RequestKind::Read => Direction::Read,
+            RequestKind::Write | RequestKind::Discard => Direction::Write,
+            RequestKind::Truncate | RequestKind::Other => return,
+        };
+        let member = self.gate.lock().throttle.clone();
+        if let Some(member) = member {
+            member.wait(co, direction, len);
         }
     }
 
@@ -235,6 +265,9 @@ impl Parent for Root {
         );
         gate.quiesced = true;
         self.requests.set_quiesced(true);
+        if let Some(member) = &gate.throttle {
+            member.lift(true);
+        }
         if let Some(device) = &gate.device {
             device.drained_begin();
         }
@@ -249,6 +282,9 @@ impl Parent for Root {
         );
         gate.quiesced = false;
         self.requests.set_quiesced(false);
+        if let Some(member) = &gate.throttle {
+            member.lift(false);
+        }
         if let Some(device) = &gate.device {
             device.drained_end();
         }

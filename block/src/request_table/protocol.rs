@@ -20,6 +20,8 @@ use super::sync::{AtomicU32, AtomicU64, Ordering, heavy_fence, light_fence};
 const CLOSED: u32 = 1 << 31;
 /// In [`Special`]: a drained section holds new requests back.
 const QUIESCED: u32 = 1 << 30;
+/// In [`Special`]: new requests have limits to keep to.
+const THROTTLED: u32 = 1 << 29;
 
 /// Which of 64 places are in use. Stored to by the home of its context only.
 pub(crate) struct Live(AtomicU64);
@@ -86,10 +88,18 @@ impl Special {
 
     /// A look at [`Live`] comes after a heavy fence.
     pub(crate) fn set_quiesced(&self, on: bool) {
+        self.set(QUIESCED, on);
+    }
+
+    pub(crate) fn set_throttled(&self, on: bool) {
+        self.set(THROTTLED, on);
+    }
+
+    fn set(&self, bit: u32, on: bool) {
         if on {
-            self.0.fetch_or(QUIESCED, Ordering::SeqCst);
+            self.0.fetch_or(bit, Ordering::SeqCst);
         } else {
-            self.0.fetch_and(!QUIESCED, Ordering::SeqCst);
+            self.0.fetch_and(!bit, Ordering::SeqCst);
         }
     }
 

@@ -1,0 +1,346 @@
+//! Limits on requests (rule 8.1), on a virtual clock, to the nanosecond.
+
+mod support;
+
+use coblock_aio::{Clock, ContextOptions, EngineKind, Home};
+use coblock_block::drivers::sim::SimDisk;
+use coblock_block::throttle::{Limit, ThrottleConfig, ThrottleGroup};
+use coblock_block::{BlockBackend, Drain, ErrorKind, Options};
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use support::{PLAIN, World, end, settle, sim, sim_world, start};
+
+const MS: u64 = 1_000_000;
+
+fn group(world: &World, config: ThrottleConfig) -> Arc<ThrottleGroup> {
+    ThrottleGroup::new("group", world.home.context().clock(), config).unwrap()
+}
+
+fn iops(average: u64) -> ThrottleConfig {
+    ThrottleConfig {
+        iops_total: Limit::average(average),
+        ..ThrottleConfig::default()
+    }
+}
+
+/// When which request was over.
+type Times = Rc<RefCell<Vec<(u64, &'static str)>>>;
+
+/// Starts a request that notes when it is over.
+fn request(
+    world: &World,
+    backend: &Arc<BlockBackend>,
+    times: &Times,
+    name: &'static str,
+    len: usize,
+) {
+    let (times, context) = (times.clone(), world.home.context().clone());
+    start(world, backend, move |co, backend| {
+        if name.starts_with('w') {
+            backend.pwrite(co, 0, &vec![0; len][..], PLAIN)?;
+        } else {
+            backend.pread(co, 0, &mut vec![0; len][..])?;
+        }
+        times.borrow_mut().push((context.now_ns(), name));
+        Ok(())
+    });
+}
+
+/// Polls until so many are over; time passes.
+fn until(world: &World, times: &Times, count: usize) {
+    while times.borrow().len() < count {
+        world.home.poll(true);
+    }
+}
+
+/// Rule 8.1: ten a second: what 100 ms give may come at once and one more, then each waits its
+/// time, exactly.
+#[test]
+fn rule_8_1_operations_go_at_exact_times() {
+    let disk = SimDisk::new(4096);
+    let (world, backend) = sim_world(&disk, &[]);
+    backend.set_throttle(Some(&group(&world, iops(10))));
+    let times = Times::default();
+    for name in ["r0", "w1", "r2", "r3", "r4"] {
+        request(&world, &backend, &times, name, 512);
+    }
+    assert_eq!((times.borrow().len(), backend.in_flight()), (2, 3));
+    until(&world, &times, 5);
+    let expected = [
+        (0, "r0"),
+        (0, "w1"),
+        (100 * MS, "r2"),
+        (200 * MS, "r3"),
+        (300 * MS, "r4"),
+    ];
+    assert_eq!(*times.borrow(), expected);
+    end(world, backend);
+}
+
+/// Rule 8.1: bytes, with odd numbers: rounded up to the nanosecond, and no error adds up.
+#[test]
+fn rule_8_1_bytes_go_at_exact_times() {
+    let disk = SimDisk::new(4096);
+    let (world, backend) = sim_world(&disk, &[]);
+    let config = ThrottleConfig {
+        bps_read: Limit::average(3000),
+        ..ThrottleConfig::default()
+    };
+    backend.set_throttle(Some(&group(&world, config)));
+    let times = Times::default();
+    for name in ["r", "r", "r", "w", "r"] {
+        request(&world, &backend, &times, name, 1000);
+    }
+    until(&world, &times, 5);
+    // The bucket holds 300: (1000 - 300) / 3000 s, then 1000 / 3000 s each; writes are free.
+    let at = |thousands: u64| (thousands * 1000 - 300) * 1_000_000_000;
+    let expected = [1u64, 2, 3].map(|n| at(n).div_ceil(3000));
+    assert_eq!(
+        *times.borrow(),
+        [
+            (0, "r"),
+            (0, "w"),
+            (expected[0], "r"),
+            (expected[1], "r"),
+            (expected[2], "r")
+        ]
+    );
+    end(world, backend);
+}
+
+/// Rule 8.1: a burst goes as fast as it may for as long as it may.
+#[test]
+fn rule_8_1_bursts() {
+    let disk = SimDisk::new(4096);
+    let (world, backend) = sim_world(&disk, &[]);
+    let config = ThrottleConfig {
+        iops_total: Limit {
+            average: 1,
+            max: 4,
+            burst_seconds: 1,
+        },
+        iops_size: 512,
+        ..ThrottleConfig::default()
+    };
+    backend.set_throttle(Some(&group(&world, config)));
+    let times = Times::default();
+    // The second counts as two of 512.
+    for (name, len) in [
+        ("r", 512),
+        ("r", 1024),
+        ("r", 512),
+        ("r", 512),
+        ("r", 512),
+        ("r", 512),
+    ] {
+        request(&world, &backend, &times, name, len);
+    }
+    until(&world, &times, 6);
+    let times: Vec<u64> = times.borrow().iter().map(|(at, _)| at / MS).collect();
+    assert_eq!(times, [0, 0, 0, 0, 1000, 2000]);
+    end(world, backend);
+}
+
+/// Rule 8.1: members of a group take turns; within one it is first come, first served.
+#[test]
+fn rule_8_1_members_take_turns() {
+    let (one, two) = (SimDisk::new(4096), SimDisk::new(4096));
+    let (world, first) = sim_world(&one, &[]);
+    let second = Arc::new(world.open(sim(&two)).unwrap());
+    let shared = group(&world, iops(10));
+    first.set_throttle(Some(&shared));
+    second.set_throttle(Some(&shared));
+    let times = Times::default();
+    for name in ["ra", "rb", "rc", "rd", "re"] {
+        request(&world, &first, &times, name, 512);
+    }
+    for name in ["r1", "r2"] {
+        request(&world, &second, &times, name, 512);
+    }
+    assert_eq!(shared.waiting(), 5);
+    until(&world, &times, 7);
+    let order: Vec<&str> = times.borrow().iter().map(|(_, name)| *name).collect();
+    assert_eq!(order, ["ra", "rb", "r1", "rc", "r2", "rd", "re"]);
+    assert_eq!(times.borrow()[6].0, 500 * MS, "one limit for both");
+    world.run(|co| second.close(co)).unwrap();
+    drop(second);
+    end(world, first);
+}
+
+/// Rule 8.1: a group works over contexts; each request goes on in its own.
+#[test]
+fn rule_8_1_members_in_several_contexts() {
+    let disk = SimDisk::new(4096);
+    let (world, backend) = sim_world(&disk, &[]);
+    let clock = world.clock.clone().unwrap();
+    let homes: Vec<Home> = (0..3)
+        .map(|n| {
+            Home::new(ContextOptions {
+                engine: EngineKind::None,
+                clock: Clock::Virtual(clock.clone()),
+                ..ContextOptions::named(format!("queue {n}"))
+            })
+            .unwrap()
+        })
+        .collect();
+    backend.set_throttle(Some(&group(&world, iops(10))));
+    let times = Rc::new(RefCell::new(Vec::new()));
+    for round in 0..2 {
+        for (n, home) in homes.iter().enumerate() {
+            let (backend, times, clock) = (backend.clone(), times.clone(), clock.clone());
+            home.spawn("request", move |co| {
+                backend.pread(co, 0, &mut [0; 512][..]).unwrap();
+                assert_eq!(coblock_aio::current().unwrap().name(), format!("queue {n}"));
+                times.borrow_mut().push((clock.now_ns() / MS, round, n));
+            });
+        }
+    }
+    while times.borrow().len() < 6 {
+        let progress = homes.iter().fold(false, |any, home| home.poll(false) | any);
+        if !progress {
+            clock.advance_to(clock.now_ns() + MS);
+        }
+    }
+    assert_eq!(
+        *times.borrow(),
+        [
+            (0, 0, 0),
+            (0, 0, 1),
+            (100, 0, 2),
+            (200, 1, 0),
+            (300, 1, 1),
+            (400, 1, 2)
+        ]
+    );
+    for home in homes {
+        home.close();
+    }
+    end(world, backend);
+}
+
+/// Rules 5.5, 8.1: a drained section lifts limits: it begins at once, and limits hold again
+/// afterwards.
+#[test]
+fn rule_5_5_a_section_lifts_limits() {
+    for by_node in [false, true] {
+        let disk = SimDisk::new(4096);
+        let world = World::simulated();
+        let shared = group(&world, iops(1));
+        world.graph.add_throttle_group(&shared).unwrap();
+        let options = if by_node {
+            Options::new()
+                .with("driver", "throttle")
+                .with("throttle-group", "group")
+                .with("file.driver", "sim")
+                .with_object("file.disk", disk.clone())
+        } else {
+            sim(&disk)
+        };
+        let backend = Arc::new(world.open(options).unwrap());
+        if !by_node {
+            backend.set_throttle(Some(&shared));
+        }
+        let times = Times::default();
+        for _ in 0..6 {
+            request(&world, &backend, &times, "r", 512);
+        }
+        assert_eq!(shared.waiting(), 5);
+        let section = world.home.with(|| backend.drain_blocking());
+        assert_eq!(
+            (times.borrow().len(), world.home.context().now_ns()),
+            (6, 0)
+        );
+        drop(section);
+        // What passed was paid for: six, of which the bucket holds a tenth.
+        request(&world, &backend, &times, "r", 512);
+        until(&world, &times, 7);
+        assert_eq!(times.borrow()[6].0, 5900 * MS);
+        end(world, backend);
+    }
+}
+
+/// Rule 8.1: limits change while requests wait, for all members; without limits they go on, and so
+/// they do when the backend is closed.
+#[test]
+fn rule_8_1_limits_change() {
+    let disk = SimDisk::new(4096);
+    let (world, backend) = sim_world(&disk, &[]);
+    let shared = group(&world, iops(1));
+    backend.set_throttle(Some(&shared));
+    let times = Times::default();
+    for _ in 0..5 {
+        request(&world, &backend, &times, "r", 512);
+    }
+    assert!(
+        shared
+            .set_config(ThrottleConfig {
+                iops_size: 1,
+                ..ThrottleConfig::default()
+            })
+            .is_err()
+    );
+    assert_eq!((shared.config(), shared.waiting()), (iops(1), 4));
+    shared.set_config(iops(100)).unwrap();
+    until(&world, &times, 5);
+    assert_eq!(times.borrow()[4].0, 0, "a new bucket holds ten");
+    shared.set_config(iops(1)).unwrap();
+    for _ in 0..4 {
+        request(&world, &backend, &times, "r", 512);
+    }
+    assert_eq!(shared.waiting(), 3);
+    backend.set_throttle(None);
+    settle(&world);
+    assert_eq!((times.borrow().len(), shared.waiting()), (9, 0));
+    backend.set_throttle(Some(&shared));
+    request(&world, &backend, &times, "r", 512);
+    assert_eq!(shared.waiting(), 1);
+    // What waits is in flight, so closing waits for it.
+    end(world, backend);
+    assert_eq!(times.borrow().last(), Some(&(0, "r")));
+}
+
+/// Requests that fail at once, and flushes, cost nothing.
+#[test]
+fn what_does_no_io_is_not_limited() {
+    let disk = SimDisk::new(4096);
+    let (world, backend) = sim_world(&disk, &[]);
+    let shared = group(&world, iops(1));
+    backend.set_throttle(Some(&shared));
+    world.run(|co| {
+        for _ in 0..5 {
+            let error = backend.pread(co, 4096, &mut [0; 512][..]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::OutOfBounds);
+            backend.flush(co).unwrap();
+        }
+    });
+    assert_eq!(world.home.context().now_ns(), 0);
+    end(world, backend);
+}
+
+/// Names of groups: unknown, missing, taken.
+#[test]
+fn groups_are_found_by_name() {
+    let world = World::simulated();
+    let shared = group(&world, iops(1));
+    world.graph.add_throttle_group(&shared).unwrap();
+    let again = world.graph.add_throttle_group(&shared).unwrap_err();
+    assert_eq!(again.kind(), ErrorKind::InUse);
+    let node = |name: Option<&str>| {
+        let options = Options::new()
+            .with("driver", "throttle")
+            .with("file.driver", "null-co");
+        world
+            .open(match name {
+                Some(name) => options.with("throttle-group", name),
+                None => options,
+            })
+            .map(|backend| world.close(backend).unwrap())
+    };
+    assert_eq!(node(Some("other")).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(node(None).unwrap_err().kind(), ErrorKind::MissingOption);
+    node(Some("group")).unwrap();
+    assert!(world.graph.remove_throttle_group("group").is_some());
+    assert_eq!(node(Some("group")).unwrap_err().kind(), ErrorKind::NotFound);
+    world.end();
+}
