@@ -18,6 +18,7 @@ use crate::monitor::{Monitor, MonitorKind};
 use crate::notifier::EventNotifier;
 use crate::notify::Notify;
 use crate::postpone::Postponed;
+use crate::sys::pending::Pending;
 use crate::thread_pool::{ThreadPool, WorkPool};
 use crate::timer::{Timer, Timers};
 use coblock_coroutine::{Co, Error, Ready, Schedule, ThreadLock};
@@ -420,6 +421,18 @@ impl AioContext {
         );
         self.remote.push(work);
         self.notify();
+    }
+
+    /// Completes operations in the next pass. From threads that are not the home.
+    pub(crate) fn post_completions(&self, done: impl Iterator<Item = (Pending, i32)>) {
+        let mut any = false;
+        for (pending, result) in done {
+            self.remote.push(Work::Done(pending, result));
+            any = true;
+        }
+        if any {
+            self.notify();
+        }
     }
 
     /// Where blocking work of this context runs.

@@ -15,7 +15,7 @@ use crate::bottom_half::WorkList;
 use crate::busy_poll::BusyPoll;
 use crate::context::{AioContext, ContextOptions};
 use crate::current::{self, Driving, Live};
-use crate::engine::Engine;
+use crate::engine::{Engine, Lanes};
 use crate::fd_handler::ReadyList;
 use crate::notifier::EventNotifier;
 use crate::sys::event::{Epoll, PollFd, ready};
@@ -61,6 +61,8 @@ pub(crate) struct Core {
     pub ready: ReadyList,
     pub engine: Engine,
     pub busy_poll: BusyPoll,
+    /// Buffered writes.
+    pub lanes: Lanes,
     trimmer: Trimmer,
     /// Requests that the loop did itself, in a row (`engine::at_once`).
     pub at_once: Cell<u32>,
@@ -101,6 +103,7 @@ impl Home {
             ready: ReadyList::default(),
             engine,
             busy_poll: BusyPoll::default(),
+            lanes: Lanes::default(),
             trimmer: Trimmer::default(),
             at_once: Cell::new(0),
             passes: Cell::new(0),

@@ -2,11 +2,12 @@
 
 mod support;
 
-use coblock_aio::{Medium, co};
-use std::cell::Cell;
+use coblock_aio::{ContextOptions, Home, Job, Medium, WorkPool, co};
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// A file on tmpfs, or nothing, said aloud.
 fn in_memory(test: &str) -> Option<File> {
@@ -23,7 +24,12 @@ fn in_memory(test: &str) -> Option<File> {
 fn same_content_whatever_the_medium() {
     let file = Rc::new(tempfile::tempfile().unwrap());
     support::each_engine(|home, engine| {
-        for medium in [Medium::Device, Medium::PageCache, Medium::Memory] {
+        for medium in [
+            Medium::Device,
+            Medium::PageCache,
+            Medium::PageCacheNowait,
+            Medium::Memory,
+        ] {
             let done = Rc::new(Cell::new(0));
             for n in 0..40u8 {
                 let (file, done) = (file.clone(), done.clone());
@@ -114,6 +120,102 @@ fn kinds_are_told_apart() {
     if cached == Medium::Memory {
         assert_eq!(direct, Medium::Memory, "O_DIRECT means nothing there");
     } else {
-        assert_eq!((cached, direct), (Medium::PageCache, Medium::Device));
+        assert!(matches!(
+            cached,
+            Medium::PageCache | Medium::PageCacheNowait
+        ));
+        assert_eq!(direct, Medium::Device);
     }
+}
+
+/// Many writes through the page cache go to one thread; those that are nearly alone to the ring.
+#[test]
+fn many_cached_writes_are_one_thread() {
+    let Some(home) = support::ring(64) else {
+        return;
+    };
+    let file = Rc::new(tempfile::tempfile().unwrap());
+    let before = home.stats().ring_requests;
+    for n in 0..32u64 {
+        let file = file.clone();
+        home.spawn("writer", move |c| {
+            for _ in 0..10 {
+                let source = [1; 512];
+                let source = (&source).into();
+                co::write_to(c, file.as_fd(), Medium::PageCache, n * 512, source).unwrap();
+            }
+        });
+    }
+    while home.context().live_coroutines() > 0 {
+        home.poll(true);
+    }
+    let by_ring = home.stats().ring_requests - before;
+    assert!((3..160).contains(&by_ring), "{by_ring} of 320 by the ring");
+    home.run(|c| {
+        for _ in 0..10 {
+            co::write_to(c, file.as_fd(), Medium::PageCache, 0, (&[2; 512]).into()).unwrap();
+        }
+    });
+    assert_eq!(home.stats().ring_requests - before, by_ring + 10);
+    assert_eq!(file.metadata().unwrap().len(), 32 * 512);
+    home.close();
+}
+
+/// Each of them hears of its own error.
+#[test]
+fn errors_of_cached_writes() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let read_only = Rc::new(File::open(file.path()).unwrap());
+    support::each_engine(|home, engine| {
+        let errors = Rc::new(RefCell::new(Vec::new()));
+        for n in 0..20 {
+            let (file, read_only, errors) =
+                (file.reopen().unwrap(), read_only.clone(), errors.clone());
+            home.spawn("writer", move |c| {
+                let fd = if n % 2 == 0 {
+                    file.as_fd()
+                } else {
+                    read_only.as_fd()
+                };
+                let wrote = co::write_to(c, fd, Medium::PageCache, n * 512, (&[1; 512]).into());
+                let errno = wrote.err().and_then(|error| error.raw_os_error());
+                errors.borrow_mut().push((n % 2, errno));
+            });
+        }
+        while home.context().live_coroutines() > 0 {
+            home.poll(true);
+        }
+        let errors = errors.borrow();
+        assert_eq!(errors.len(), 20);
+        for (odd, errno) in errors.iter() {
+            let want = (*odd == 1).then_some(libc::EBADF);
+            assert_eq!(*errno, want, "with {engine}");
+        }
+    });
+}
+
+/// A pool that drops its jobs, as one does that ends.
+struct Dropping;
+
+impl WorkPool for Dropping {
+    fn submit(&self, work: Job) {
+        std::thread::spawn(move || drop(work)).join().unwrap();
+    }
+}
+
+/// Whoever waits for a job that was dropped hears of that.
+#[test]
+fn a_dropped_job_cancels_its_writes() {
+    let options = ContextOptions {
+        pool: Some(Arc::new(Dropping)),
+        ..support::options("threads")
+    };
+    let home = Home::new(options).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    for _ in 0..3 {
+        let wrote =
+            home.run(|c| co::write_to(c, file.as_fd(), Medium::PageCache, 0, (&[1; 512]).into()));
+        assert_eq!(wrote.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
+    }
+    home.close();
 }

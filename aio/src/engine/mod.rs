@@ -8,9 +8,11 @@
 //!   co::read  ->  engine::read  --+--> uring::read     push an entry, suspend   (one enter a pass)
 //!                                 +--> on_pool         a closure on a thread, suspend
 //!                                 +--> at_once         the call itself, where the file is memory
+//!                                 +--> lane            one thread for the buffered writes of a file
 //! ```
 
 mod at_once;
+mod lane;
 mod threads;
 #[allow(unsafe_code)] // The kernel is given addresses.
 pub(crate) mod uring;
@@ -25,6 +27,7 @@ use crate::notifier::EventNotifier;
 use crate::sys::event::Epoll;
 use at_once::at_once;
 use coblock_coroutine::Co;
+pub(crate) use lane::Lanes;
 use std::io;
 use std::os::fd::BorrowedFd;
 pub(crate) use threads::on_pool;
@@ -144,7 +147,7 @@ impl Engine {
 }
 
 /// A system call's result as the ring gives it.
-fn raw(result: io::Result<usize>) -> i32 {
+pub(crate) fn raw(result: io::Result<usize>) -> i32 {
     match result {
         // The kernel transfers less than 2 GiB at once.
         Ok(count) => i32::try_from(count).expect("a transfer of less than 2 GiB"),
@@ -188,7 +191,7 @@ pub(crate) fn read_from(
 ) -> i32 {
     let done = match medium {
         Medium::Device => None,
-        Medium::PageCache => uring::read_cached(co, fd, offset, buf),
+        Medium::PageCache | Medium::PageCacheNowait => uring::read_cached(co, fd, offset, buf),
         Medium::Memory => read_memory(co, fd, offset, buf),
     };
     match done {
@@ -235,8 +238,8 @@ pub(crate) fn write_to(
     buf: IoVec<'_>,
 ) -> i32 {
     let done = match medium {
-        Medium::Device => None,
-        Medium::PageCache => uring::write_cached(co, fd, offset, buf),
+        Medium::Device | Medium::PageCacheNowait => None,
+        Medium::PageCache => lane::write(co, fd, offset, buf),
         Medium::Memory => write_memory(co, fd, offset, buf),
     };
     match done {

@@ -24,7 +24,7 @@
 
 mod requests;
 
-pub(crate) use requests::{fallocate, poll, read, read_cached, sync, write, write_cached};
+pub(crate) use requests::{fallocate, poll, read, read_cached, sync, write};
 
 use super::{collect, tolerate_signal};
 use crate::buf::{IoVecMut, RawSegment};
@@ -35,7 +35,6 @@ use crate::notifier::EventNotifier;
 use crate::sys::event::Epoll;
 use crate::sys::file::read_at_nowait;
 use crate::sys::pending::Pending;
-use coblock_coroutine::IoWait;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Timespec};
 use io_uring::{IoUring, opcode};
@@ -55,25 +54,12 @@ const MORE: u32 = 1 << 1;
 /// Completions that the queue holds at least.
 const COMPLETIONS: u32 = 4096;
 
-/// Bit of the user data of requests that a kernel worker does; the address has it free.
-const BY_WORKER: u64 = 1;
-const _: () = assert!(align_of::<IoWait>() > 1);
-
-/// From how many requests of workers in flight on the loop sleeps until two are done, or one and
-/// [`GATHER_US`] have passed: workers finish one by one, and waking the loop for each costs as much
-/// as the request. When the second one has woken it, some more are most often done.
-const GATHER_FROM: u32 = 8;
-const GATHER_COUNT: u32 = 2;
-/// Microseconds; how late a completion can be because of it.
-const GATHER_US: u32 = 20;
-
-/// `struct io_uring_getevents_arg` of linux/io_uring.h, with its newest field.
+/// `struct io_uring_getevents_arg` of linux/io_uring.h.
 #[repr(C)]
 struct WaitArgs {
     sigmask: u64,
     sigmask_size: u32,
-    /// Since Linux 6.12.
-    min_wait_us: u32,
+    padding: u32,
     timeout: *const Timespec,
 }
 
@@ -133,10 +119,6 @@ pub(crate) struct Uring {
     /// Requests queued, and system calls made for them.
     requests: Cell<u64>,
     enters: Cell<u64>,
-    /// Of those in flight, how many a worker of the kernel does.
-    by_workers: Cell<u32>,
-    /// The kernel knows a least time of waiting.
-    has_min_wait: bool,
     /// Without it, a poll that does not wait cannot know whether it must enter the kernel.
     has_taskrun_flag: bool,
 }
@@ -186,7 +168,6 @@ impl Uring {
             ));
         }
         let limit = params.cq_entries() - 1;
-        let has_min_wait = params.is_feature_min_timeout();
         let (enter_fd, enter_flags) = match register_ring_fd(ring.as_raw_fd()) {
             Some(index) => (index, REGISTERED_RING),
             None => (ring.as_raw_fd(), 0),
@@ -206,8 +187,6 @@ impl Uring {
             hot: Cell::new(true),
             requests: Cell::new(0),
             enters: Cell::new(0),
-            by_workers: Cell::new(0),
-            has_min_wait,
             has_taskrun_flag,
         })
     }
@@ -261,17 +240,6 @@ impl Uring {
             // SAFETY: as above.
             unsafe { self.push_into_full(entry) };
         }
-    }
-
-    /// Queues a request that the kernel gives to one of its workers.
-    ///
-    /// # Safety
-    /// As for [`push`](Self::push), with `data` for the entry's user data.
-    #[inline(always)]
-    unsafe fn push_for_worker(&self, entry: Entry, data: u64) {
-        self.by_workers.set(self.by_workers.get() + 1);
-        // SAFETY: the caller's promise; `complete` takes the bit out again.
-        unsafe { self.push(&entry.user_data(data | BY_WORKER)) };
     }
 
     /// # Safety
@@ -390,7 +358,7 @@ impl Uring {
             flags |= GETEVENTS;
         }
         let fd = self.enter_fd;
-        let result = if want == 0 || (want == 1 && timeout_ns.is_none()) {
+        let result = if want == 0 || timeout_ns.is_none() {
             // SAFETY: the ring is ours, and every entry in it was pushed with the promise about its
             // memory.
             unsafe { libc::syscall(SYS_ENTER, fd, queued, want, flags, 0, 0) }
@@ -399,7 +367,7 @@ impl Uring {
             let args = WaitArgs {
                 sigmask: 0,
                 sigmask_size: 0,
-                min_wait_us: if want > 1 { GATHER_US } else { 0 },
+                padding: 0,
                 timeout: timeout.as_ref().map_or(ptr::null(), ptr::from_ref),
             };
             let (args, size) = (&raw const args, size_of::<WaitArgs>());
@@ -473,8 +441,7 @@ impl Uring {
             if !self.backlog.borrow().is_empty() {
                 self.drain_backlog();
             }
-            let gather = self.has_min_wait && self.by_workers.get() >= GATHER_FROM;
-            self.enter(if gather { GATHER_COUNT } else { 1 }, timeout_ns);
+            self.enter(1, timeout_ns);
         }
         self.take_deferred();
     }
@@ -550,14 +517,9 @@ impl Uring {
             }
             progress = true;
             self.in_flight.set(self.in_flight.get() - 1);
-            let data = done.user_data();
-            if data & BY_WORKER != 0 {
-                self.by_workers.set(self.by_workers.get() - 1);
-            }
-            // SAFETY: every other entry has the user data of a `Pending`, some with the bit, which
-            // an address has not; and the kernel gives it back exactly once, since none is
-            // multishot.
-            let pending = unsafe { Pending::from_user_data(data & !BY_WORKER) };
+            // SAFETY: every other entry has the user data of a `Pending`, and the kernel gives it
+            // back exactly once, since none is multishot.
+            let pending = unsafe { Pending::from_user_data(done.user_data()) };
             pending.complete(done.result());
         }
         if self.hot.get() {

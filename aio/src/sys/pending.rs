@@ -9,7 +9,10 @@
 //! away before [`Pending::complete`]: dropping a submitted `IoWait` aborts the process, and a
 //! coroutine that waits in one is resumed by its completion only.
 
-use coblock_coroutine::IoWait;
+use crate::buf::IoVec;
+use crate::sys::file;
+use coblock_coroutine::{Co, IoWait};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::NonNull;
 
 /// One submitted operation; completed exactly once, since completing consumes it.
@@ -80,4 +83,54 @@ pub(crate) fn lend<'a>(
     // the frame that lends stands until `wait` returned, and aborts the process rather than unwind.
     submit(unsafe { Box::from_raw(raw) });
     wait();
+}
+
+/// A write that another thread does while the frame that asked for it waits.
+#[derive(Debug)]
+pub(crate) struct LentWrite {
+    fd: RawFd,
+    offset: u64,
+    /// Borrowed from the frame, whatever the type says.
+    buf: IoVec<'static>,
+    pending: Pending,
+}
+
+impl LentWrite {
+    /// Writes once; gives the operation, to be completed on its home, with a count or a negated
+    /// errno. Any thread.
+    pub fn run(self) -> (Pending, i32) {
+        // SAFETY: the frame that lends it holds the descriptor borrowed until the completion.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        let result = file::write_at(fd, self.offset, self.buf);
+        (self.pending, crate::engine::raw(result))
+    }
+
+    /// Not done: gives the operation, to be completed on its home.
+    pub fn refuse(self) -> (Pending, i32) {
+        (self.pending, -libc::ECANCELED)
+    }
+}
+
+/// Hands a write to `submit` as one that may live for ever, and waits for its completion.
+///
+/// If `submit` panics, the operation is dropped while submitted, which aborts the process; so the
+/// buffer and the descriptor outlive the write.
+pub(crate) fn lend_write(
+    co: &Co,
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    buf: IoVec<'_>,
+    submit: impl FnOnce(LentWrite),
+) -> i32 {
+    let wait = IoWait::new("write");
+    // SAFETY: only the lifetime changes. The frame, and with it what `buf` borrows, stands until
+    // `wait` below returned, which is after the completion that consumes the `Pending`.
+    let buf = unsafe { std::mem::transmute::<IoVec<'_>, IoVec<'static>>(buf) };
+    submit(LentWrite {
+        fd: fd.as_raw_fd(),
+        offset,
+        buf,
+        pending: Pending::new(&wait),
+    });
+    wait.wait(co)
 }

@@ -140,32 +140,6 @@ pub(crate) fn write(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) ->
     unsafe { request_entry(co, "write", entry) }
 }
 
-/// One attempt to write through the page cache; `None`: the current context has no ring.
-#[inline(always)]
-pub(crate) fn write_cached(
-    co: &Co,
-    fd: BorrowedFd<'_>,
-    offset: u64,
-    buf: IoVec<'_>,
-) -> Option<i32> {
-    if offset > MAX_OFFSET {
-        return Some(-libc::EINVAL);
-    }
-    let Some(segment) = buf.single() else {
-        return write_vectored(co, fd, offset, buf);
-    };
-    let (fd, len) = (Fd(fd.as_raw_fd()), transfer_len(segment.len));
-    let entry = opcode::Write::new(fd, segment.base, len)
-        .offset(offset)
-        .build();
-    let queue = |ring: &Uring, data| {
-        // SAFETY: the user data was just made from a Pending; the rest as in `request_entry`.
-        unsafe { ring.push_for_worker(entry, data) };
-    };
-    // SAFETY: `buf` is borrowed until this returns.
-    unsafe { request(co, "write", queue) }
-}
-
 #[inline(never)]
 fn write_vectored(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> Option<i32> {
     let list = SegmentArray::collect(buf.segments());
