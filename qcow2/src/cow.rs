@@ -33,6 +33,8 @@ use crate::writeback::Counts;
 pub(crate) struct PendingAllocation {
     first: GuestCluster,
     clusters: u64,
+    /// Where they are.
+    run: Run,
     /// Writes that wait until this one is off the list; woken in order.
     waiters: CoQueue,
 }
@@ -41,6 +43,11 @@ impl PendingAllocation {
     /// Does it overlap `clusters` from `first` on?
     fn overlaps(&self, first: GuestCluster, clusters: u64) -> bool {
         self.first.0 < first.0 + clusters && first.0 < self.first.0 + self.clusters
+    }
+
+    /// The host clusters that nothing else refers to yet, and how many.
+    pub(crate) fn new_clusters(&self) -> Option<(HostOffset, u64)> {
+        (!self.run.kept).then_some((self.run.start, self.run.clusters))
     }
 
     /// Gives the metadata mutex back and suspends until this allocation is off the list.
@@ -252,6 +259,7 @@ impl Qcow2 {
             let pending = PendingAllocation {
                 first,
                 clusters: run.clusters,
+                run,
                 waiters: CoQueue::new(),
             };
             let pending = Arc::new(pending);

@@ -22,6 +22,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`check`] | the consistency of all metadata |
+//! | [`audit`] | for tests: counts against references while requests are in flight |
 //! | [`create`], [`layout`] | a new image, and where its tables are |
 //! | [`info`], [`snapshot`], [`bitmap`] | what an image says about itself |
 //! | [`image_file`] | the file below, for operations on whole images |
@@ -48,6 +49,7 @@
 #![deny(clippy::little_endian_bytes)]
 
 mod alloc;
+pub mod audit;
 pub mod bitmap;
 pub mod budget;
 mod cache;

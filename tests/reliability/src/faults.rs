@@ -23,7 +23,7 @@ use super::judge::{Judge, Verdict};
 use super::load::OnError;
 use super::parallel::each;
 use super::part::{Figure, Part, Plan, Report};
-use super::play::{Played, play, play_with};
+use super::play::{Played, Stage, play, play_on, play_with};
 use super::power_cuts::workload;
 use super::script::{Op, Script};
 
@@ -166,7 +166,13 @@ pub fn failures(script: &Script) -> Verdict<Vec<Failure>> {
 pub fn judge_failure(judge: &Judge, script: &Script, failure: Failure) -> Verdict {
     let watch = Rc::new(Watch::default());
     let seen = watch.clone();
-    let played = play_with(script, |stage, load| {
+    let stage = Stage {
+        // One run in four: it costs as much as the run.
+        audit: failure.nth.is_multiple_of(4),
+        ..Stage::new(&script.setting)
+    };
+    let history = stage.history();
+    let played = play_on(stage, history, script, |stage, load| {
         stage.disk.fail(failure.fault());
         let disk = stage.disk.clone();
         load.on_error(OnError::Count).after_each(move |ended| {

@@ -84,6 +84,7 @@ struct Shared {
     turn: CoQueue,
     log: Box<dyn Fn() -> usize>,
     reopen: Option<Box<Reopen>>,
+    watch: Box<dyn Fn(&Ended<'_>)>,
     after_each: Box<dyn Fn(&Ended<'_>)>,
     on_error: OnError,
     workers: Cell<usize>,
@@ -129,6 +130,7 @@ impl Load {
                 turn: CoQueue::new(),
                 log: Box::new(|| 0),
                 reopen: None,
+                watch: Box::new(|_| {}),
                 after_each: Box::new(|_| {}),
                 on_error: OnError::Panic,
                 workers: Cell::new(script.setting.in_flight),
@@ -155,6 +157,14 @@ impl Load {
         reopen: impl Fn(&Co) -> block::Result<Arc<BlockBackend>> + 'static,
     ) -> Self {
         self.shared().reopen = Some(Box::new(reopen));
+        self
+    }
+
+    /// Is called when a request has ended, in its coroutine, before [`Load::after_each`]: for oracles
+    /// that every run has.
+    #[must_use]
+    pub fn watch(mut self, call: impl Fn(&Ended<'_>) + 'static) -> Self {
+        self.shared().watch = Box::new(call);
         self
     }
 
@@ -276,13 +286,15 @@ impl Shared {
             s.errors += usize::from(error.is_some());
             s.backend.clone()
         };
-        (self.after_each)(&Ended {
+        let ended = Ended {
             index,
             op,
             co,
             backend: &backend,
             error,
-        });
+        };
+        (self.watch)(&ended);
+        (self.after_each)(&ended);
         drop(backend);
         self.turn.wake_all();
     }

@@ -6,6 +6,7 @@
 //!   Played   the disk's log, the history, what was counted   for the oracles
 //! ```
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use coblock::coroutine::Co;
 use coblock::qcow2::{Qcow2, Qcow2Stats};
 
 use super::image;
-use super::load::{Load, Loaded};
+use super::load::{Ended, Load, Loaded};
 use super::model::{History, stamp};
 use super::script::{Script, Setting};
 use super::sim::{self, Simulation};
@@ -31,6 +32,8 @@ pub struct Stage {
     pub disk: Arc<SimDisk>,
     /// The backing file; empty where there is none.
     pub base: Arc<SimDisk>,
+    /// Compare counts with references after each request.
+    pub audit: bool,
 }
 
 impl Stage {
@@ -43,6 +46,7 @@ impl Stage {
             setting: setting.clone(),
             disk: SimDisk::with_contents(&image::empty(setting, backing)),
             base: SimDisk::with_contents(&base),
+            audit: true,
         }
     }
 
@@ -121,6 +125,8 @@ pub struct Played {
     pub mark: usize,
     /// What the driver counted since the image was opened last.
     pub stats: Qcow2Stats,
+    /// How often counts were compared with references.
+    pub audits: u64,
     /// Everything that the disk was sent, in order.
     pub log: Vec<LogEntry>,
     /// Virtual time that it took.
@@ -161,7 +167,9 @@ pub fn play_on(
         .run(move |co| first(co))
         .unwrap_or_else(|e| panic!("seed {}: open: {e}", setting.seed));
     let disk = stage.disk.clone();
+    let audits = Rc::new(Cell::new(0));
     let load = Load::new(&backend, script, history)
+        .watch(auditor(&stage, audits.clone()))
         .log(move || disk.log_len())
         .reopen(move |co| open(co));
     drop(backend);
@@ -189,6 +197,7 @@ pub fn play_on(
     sim.end();
     assert_eq!(stage.disk.in_flight(), 0, "requests that outlive their run");
     Played {
+        audits: audits.get(),
         log: stage.disk.log(),
         stage,
         history,
@@ -200,6 +209,24 @@ pub fn play_on(
         mark,
         stats,
         now_ns,
+    }
+}
+
+/// Compares counts with references where no change of metadata is under way, and counts how often.
+/// (R7.)
+fn auditor(stage: &Stage, audits: Rc<Cell<u64>>) -> impl Fn(&Ended<'_>) + 'static {
+    let (disk, wanted, seed) = (stage.disk.clone(), stage.audit, stage.setting.seed);
+    move |ended| {
+        if !wanted {
+            return;
+        }
+        let peek =
+            |offset: u64, into: &mut [u8]| into.copy_from_slice(&disk.peek(offset, into.len()));
+        match qcow2(ended.backend).audit(ended.co, &peek) {
+            None => {}
+            Some(Ok(_)) => audits.set(audits.get() + 1),
+            Some(Err(why)) => panic!("seed {seed}: after {}: {}: {why}", ended.index, ended.op),
+        }
     }
 }
 
