@@ -33,7 +33,7 @@ mod sync {
 use crate::graph_lock::{ContextSlot, MAX_CONTEXTS};
 use crate::sync::{heavy_fence, light_fence};
 use coblock_aio::{AioContext, AioWait};
-use coblock_coroutine::{Co, ThreadLock, WakeHandle};
+use coblock_coroutine::{Co, ThreadLock, WakeHandle, mutant};
 use protocol::{Live, Special, Waiters};
 use std::fmt;
 use std::marker::PhantomData;
@@ -423,6 +423,9 @@ impl RequestTable {
     }
 
     fn wake_those(&self, mut ours: impl FnMut(&Wait) -> bool) {
+        if mutant!("a request that ends wakes nobody") {
+            return;
+        }
         let woken: Vec<Wait> = {
             let mut waits = self.waits.lock();
             waits.list.extract_if(.., |wait| ours(wait)).collect()
@@ -652,7 +655,8 @@ impl Tracked<'_> {
             start..start.saturating_add(len)
         };
         let conflicts = |&(key, offset, other): &(Key, u64, u64)| {
-            key != self.key
+            !mutant!("serialising requests do not exclude each other")
+                && key != self.key
                 && (len_kind | other) & SERIALISING != 0
                 && overlaps(&range, offset, other)
                 && waits.turn_of(key).is_none_or(|theirs| theirs < turn)

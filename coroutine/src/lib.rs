@@ -44,6 +44,7 @@ mod coroutine;
 mod dump;
 mod error;
 mod io_wait;
+mod mutant;
 mod pool;
 mod protocol;
 mod release;
@@ -56,6 +57,9 @@ pub use coroutine::{Coroutine, CoroutineOptions, run_in, run_scoped, start, star
 pub use dump::{Dump, Standing, dump};
 pub use error::Error;
 pub use io_wait::IoWait;
+#[cfg(feature = "mutants")]
+#[doc(hidden)]
+pub use mutant::mutants;
 pub use pool::{Stats, idle_stacks, note_time, stats, trim_idle};
 pub use schedule::{Ready, Schedule, WakeHandle};
 pub use stack::overflow::install_overflow_handler;

@@ -13,7 +13,7 @@
 use std::ops::Range;
 
 use coblock_block::{ErrorKind, GraphRead, Result};
-use coblock_coroutine::Co;
+use coblock_coroutine::{Co, mutant};
 
 use crate::entry::L2Entry;
 use crate::error::Error;
@@ -235,7 +235,12 @@ impl Qcow2 {
         let last = self.geometry.host_cluster(HostOffset(host.0 + len - 1)).0;
         let mut frees = self.frees.lock();
         for cluster in (first..=last).map(HostCluster) {
-            frees.unmapped.push(Freed { cluster, give_back });
+            let freed = Freed { cluster, give_back };
+            if mutant!("freed clusters do not wait for a flush") {
+                frees.durable.push(freed);
+            } else {
+                frees.unmapped.push(freed);
+            }
         }
     }
 
@@ -284,6 +289,9 @@ impl Qcow2 {
         meta: &mut Meta,
     ) -> Result<()> {
         let mut durable = std::mem::take(&mut self.frees.lock().durable);
+        if mutant!("freed clusters are forgotten") {
+            return Ok(());
+        }
         if durable.is_empty() {
             return Ok(());
         }
@@ -302,7 +310,7 @@ impl Qcow2 {
                     .as_ref()
                     .is_none_or(|used| used.start < end && start < used.end)
             };
-            if in_use.iter().any(overlaps) {
+            if in_use.iter().any(overlaps) && !mutant!("clusters are freed under their readers") {
                 busy.push(freed);
                 continue;
             }

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, fence};
 use coblock_aio::AlignedBuf;
 use coblock_block::Result;
 use coblock_block::types::in_memory;
-use coblock_coroutine::{Co, CoQueue, ThreadLock};
+use coblock_coroutine::{Co, CoQueue, ThreadLock, mutant};
 
 use crate::image::buffer;
 use crate::lazy::LazyWords;
@@ -95,7 +95,9 @@ struct SlotState {
 
 impl SlotState {
     fn evictable(&self) -> bool {
-        !self.loading && !self.dirty && !self.writing && self.pins == 0
+        let dirty = self.dirty && !mutant!("dirty slices are evicted");
+        let pinned = self.pins > 0 && !mutant!("pinned slices are evicted");
+        !self.loading && !dirty && !self.writing && !pinned
     }
 }
 
@@ -273,7 +275,9 @@ impl SliceCache {
                 continue;
             }
             if let Some(slice) = state.slots[slot].slice {
-                self.forget(slice);
+                if !mutant!("an evicted slice stays in the directory") {
+                    self.forget(slice);
+                }
                 self.evictions.fetch_add(1, Relaxed);
             }
             return Some(slot);
@@ -339,7 +343,9 @@ impl SliceCache {
         let mut state = self.state.lock();
         for its in &mut state.slots {
             let Some(slice) = its.slice else { continue };
-            if let Some(nth) = slice.checked_sub(first_slice).filter(|&nth| nth < slices) {
+            if let Some(nth) = slice.checked_sub(first_slice).filter(|&nth| nth < slices)
+                && !mutant!("slices of a table that moved keep their place")
+            {
                 its.host = host.0 + nth * self.slice_bytes();
             }
         }
@@ -455,7 +461,9 @@ impl<'a> Load<'a> {
         cache.directory.ensure(slice).store(entry, Release);
         self.done = true;
         drop(state);
-        cache.loaded(self.slot).wake_all();
+        if !mutant!("a load wakes nobody") {
+            cache.loaded(self.slot).wake_all();
+        }
         Some(Pin {
             cache,
             slot: self.slot,
@@ -506,6 +514,9 @@ impl Pin<'_> {
         let mut state = self.cache.state.lock();
         let its = &mut state.slots[self.slot];
         let newly = !its.dirty && !its.writing;
+        if mutant!("a change while a slice is written is forgotten") && its.writing {
+            return;
+        }
         its.dirty = true;
         state.unsaved += usize::from(newly);
     }

@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use coblock_aio::{Gather, IoVec, IoVecMut};
 use coblock_block::types::in_memory;
 use coblock_block::{ErrorKind, GraphRead, RequestFlags, Result};
-use coblock_coroutine::{Co, CoMutexGuard, CoQueue};
+use coblock_coroutine::{Co, CoMutexGuard, CoQueue, mutant};
 
 use crate::alloc::{Discards, Run};
 use crate::cache::Pin;
@@ -186,7 +186,9 @@ impl Qcow2 {
         }
         meta.pending.retain(|other| !Arc::ptr_eq(other, pending));
         drop(meta);
-        pending.waiters.wake_all();
+        if !mutant!("an allocation forgets who waits for it") {
+            pending.waiters.wake_all();
+        }
         result
     }
 
@@ -225,7 +227,7 @@ impl Qcow2 {
                 }
                 last = GuestCluster(other.first.0 - 1);
             }
-            if let Some(other) = blocker {
+            if let Some(other) = blocker.filter(|_| !mutant!("no wait for a pending allocation")) {
                 if wait == Wait::Never {
                     return Ok(Plan::Busy);
                 }
@@ -378,8 +380,16 @@ impl Qcow2 {
         let in_run = self.geometry.offset_in_cluster(at);
         // Where the file has never held anything, zeros need not be written.
         let needless = |edge: &Edge| edge.len == 0 || (run.fresh && edge.source == Source::Zeros);
-        let head = if needless(&cow.head) { 0 } else { cow.head.len };
-        let tail = if needless(&cow.tail) { 0 } else { cow.tail.len };
+        let head = if needless(&cow.head) || mutant!("what is in front of the data is not copied") {
+            0
+        } else {
+            cow.head.len
+        };
+        let tail = if needless(&cow.tail) || mutant!("what is behind the data is not copied") {
+            0
+        } else {
+            cow.tail.len
+        };
         if head == 0 && tail == 0 {
             return self
                 .file
@@ -442,6 +452,12 @@ impl Qcow2 {
             let slot = index + in_memory(nth);
             let cluster = GuestOffset(at.0 + nth * size);
             let old = L2Entry::decode(pin.load(slot), cluster, self.geometry);
+            if mutant!("the last cluster of a run is not mapped")
+                && nth > 0
+                && nth + 1 == run.clusters
+            {
+                break;
+            }
             let host = HostOffset(run.start.0 + nth * size);
             pin.store(
                 slot,

@@ -11,7 +11,7 @@
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_block::types::in_memory;
 use coblock_block::{GraphRead, RequestFlags, Result};
-use coblock_coroutine::Co;
+use coblock_coroutine::{Co, mutant};
 
 use crate::cache::{Pin, Reserved, SliceCache};
 use crate::entry::{L1Entry, L2Entry};
@@ -142,7 +142,7 @@ impl Qcow2 {
                 let host = HostOffset(host.0 + self.geometry.offset_in_cluster(at));
                 Mapped::Data {
                     host,
-                    in_place: copied,
+                    in_place: copied || mutant!("shared clusters are written in place"),
                 }
             }
             L2Entry::Compressed { host, len } => Mapped::Compressed { host, len },
@@ -244,6 +244,7 @@ impl Qcow2 {
         let run = self.allocate(co, graph, meta, 1, true)?;
         // The new table is complete in the file before an entry can lead there. (Hazard O5.)
         let filled = match old {
+            None if mutant!("a new table is published before it is written") => Ok(()),
             None => self.write_zero_cluster(co, graph, run),
             Some(old) => self.copy_l2_table(co, graph, index, old, run.start),
         };

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use coblock_aio::IoVec;
 use coblock_block::types::in_memory;
 use coblock_block::{GraphRead, RequestFlags, Result};
-use coblock_coroutine::Co;
+use coblock_coroutine::{Co, mutant};
 
 use crate::cache::Pin;
 use crate::error::Error;
@@ -115,9 +115,14 @@ impl Qcow2 {
                 let host = self.geometry.host_start(cluster);
                 return Err(self.signal_corruption(co, graph, Error::TableInUse { table, host }));
             }
+            (false, _) if mutant!("a count above one goes to zero") => 0,
             (false, old) => old - 1,
         };
-        pin.store(word, width.set_in_word(value, index, new));
+        if mutant!("a count is written without its neighbours") {
+            pin.store(word, width.set_in_word(0, index, new));
+        } else {
+            pin.store(word, width.set_in_word(value, index, new));
+        }
         drop(pin);
         if new == 0 {
             meta.cursor = meta.cursor.min(cluster.0);
@@ -156,7 +161,12 @@ impl Qcow2 {
         );
         // Whether or not the write succeeds, something may be in these clusters afterwards.
         meta.clusters_written(self.geometry.host_start(HostCluster(at.0 + count)));
-        self.write_self_describing_blocks(co, graph, at, count, count)?;
+        let used = if mutant!("a new refcount block does not count itself") {
+            0
+        } else {
+            count
+        };
+        self.write_self_describing_blocks(co, graph, at, count, used)?;
         // The blocks are complete in the file before anything points to them: from here on nothing
         // can fail.
         for nth in 0..count {
@@ -265,7 +275,9 @@ impl Qcow2 {
             IoVec::from(&bytes[..]),
             RequestFlags::empty(),
         )?;
-        self.file.flush(co, graph)?;
+        if !mutant!("the header switches to a table that is not flushed") {
+            self.file.flush(co, graph)?;
+        }
 
         let mut field = [0; 12];
         field[..8].copy_from_slice(&table_at.0.to_be_bytes());

@@ -28,7 +28,7 @@
 
 use coblock_aio::IoVec;
 use coblock_block::{GraphRead, RequestFlags, Result};
-use coblock_coroutine::Co;
+use coblock_coroutine::{Co, mutant};
 
 use crate::cache::Staged;
 use crate::image::Qcow2;
@@ -69,7 +69,7 @@ impl Qcow2 {
         durable: bool,
         counts: Counts,
     ) -> Result<()> {
-        let _one_at_a_time = self.writing_back.lock(co);
+        let _one_at_a_time = (!mutant!("two passes at a time")).then(|| self.writing_back.lock(co));
         self.check_intact()?;
         // The order of these copies matters when other threads go on: a mapping that is copied here
         // has its count, which was raised earlier, copied below; a freed cluster taken here has its
@@ -110,21 +110,29 @@ impl Qcow2 {
     }
 
     fn write_pass(&self, co: &Co, graph: &GraphRead<'_>, pass: &Pass, durable: bool) -> Result<()> {
+        if mutant!("mappings before counts") {
+            self.write_slices(co, graph, &pass.l2)?;
+            self.write_entries(co, graph, &pass.l1)?;
+        }
         self.write_slices(co, graph, &pass.refcounts)?;
         let points = !pass.refcount_table.is_empty() || !pass.l2.is_empty() || !pass.l1.is_empty();
         if points {
-            if pass.lags {
+            if pass.lags && !mutant!("a lazy image is not marked dirty") {
                 self.mark_dirty(co, graph)?;
             }
-            self.file.flush(co, graph)?;
+            if !mutant!("no flush between counts and mappings") {
+                self.file.flush(co, graph)?;
+            }
         }
         if !pass.refcount_table.is_empty() {
             self.write_entries(co, graph, &pass.refcount_table)?;
-            self.file.flush(co, graph)?;
+            if !mutant!("no flush after the refcount table") {
+                self.file.flush(co, graph)?;
+            }
         }
         self.write_slices(co, graph, &pass.l2)?;
         self.write_entries(co, graph, &pass.l1)?;
-        if durable {
+        if durable && !mutant!("no flush at the end of a flush") {
             self.file.flush(co, graph)
         } else {
             Ok(())
@@ -139,7 +147,8 @@ impl Qcow2 {
             let neighbours = rest
                 .iter()
                 .take_while(|s| {
-                    let next = s.host.0 == first.host.0 + bytes.len() as u64;
+                    let next = s.host.0 == first.host.0 + bytes.len() as u64
+                        || mutant!("slices are written side by side that are not");
                     let fits = bytes.len() + s.bytes.len() <= WRITE_BYTES_MAX;
                     if next && fits {
                         bytes.extend_from_slice(&s.bytes);

@@ -8,6 +8,7 @@ mod child;
 mod ci;
 mod counts;
 mod graph;
+mod mutants;
 mod reliability;
 
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ Usage: cargo xtask TASK
   sim [OPTIONS]    one simulated seed with its trace, or many; without options: which there are
   graph [--all]    who uses whom, crate by crate (--all: dependencies from outside too)
   bench [OPTIONS]  ours beside qemu-img bench, other implementations and the floor; --help lists the options
+  mutants [WORDS]  every mistake that the product can be told to make must be caught; WORDS: part of its name
   counts [OPTIONS] instructions per operation against docs/counts.json; --help lists the options
 ";
 
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         Some("bench") => bench::run(&rest),
         Some("reliability") => reliability::run(&rest),
         Some("sim") => reliability::sim(&rest),
+        Some("mutants") => mutants::run(&rest),
         Some("counts") => counts::run(&rest),
         Some("help" | "--help" | "-h") => {
             print!("{USAGE}");

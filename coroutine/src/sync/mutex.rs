@@ -176,7 +176,9 @@ impl<T> Drop for CoMutexGuard<'_, T> {
                     .value
                     .take()
                     .expect("a guard has its value until it is dropped");
-                if let Some(next) = self.mutex.handoff.release(self.owner, value) {
+                if let Some(next) = self.mutex.handoff.release(self.owner, value)
+                    && !crate::mutant!("a mutex wakes nobody")
+                {
                     next.wake();
                 }
             }

@@ -4,6 +4,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`parts`], [`run`] | what the program runs, and how it prints figures and writes them down |
+//! | [`mutants`], [`hunters`] | mistakes in the product, and who must notice them |
 //! | [`part`], [`parallel`] | a part and its figures; work items on all cores |
 //! | [`play`] | a script on a simulated disk, from the empty image to the closed one |
 //! | [`judge`] | the oracles |
@@ -33,10 +34,12 @@ pub mod crash;
 pub mod exhaustive;
 pub mod faults;
 pub mod files;
+pub mod hunters;
 pub mod image;
 pub mod judge;
 pub mod load;
 pub mod model;
+pub mod mutants;
 pub mod parallel;
 pub mod part;
 pub mod parts;
