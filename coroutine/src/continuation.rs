@@ -192,6 +192,11 @@ impl<I: 'static, O: 'static, R: 'static> Continuation<I, O, R> {
         self.coroutine.name()
     }
 
+    /// Whether it runs, or has entered another one and waits for that to come back.
+    pub fn entered(&self) -> bool {
+        self.coroutine.entered()
+    }
+
     /// Whether it has ended.
     pub fn exited(&self) -> bool {
         self.coroutine.finished()
@@ -214,7 +219,9 @@ impl<I, O> Own<'_, I, O> {
     /// For the reasons of [`Co::suspend`]; or if nobody has taken the last value.
     #[track_caller]
     pub fn yield_with(&self, value: O) -> I {
-        if self.output.replace(Some(value)).is_some() {
+        if let Some(untaken) = self.output.replace(Some(value)) {
+            // One value each way: the one that is on its way stays.
+            self.output.set(Some(untaken));
             panic!(
                 "{:?} yields at {}, but nobody has taken its last value",
                 self.co,

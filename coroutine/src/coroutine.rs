@@ -306,6 +306,8 @@ impl Coroutine {
                     && cfg!(panic = "unwind") =>
             {
                 control.unwinding().set(true);
+                // Its release hook cannot keep the stack for a handle that is gone.
+                control.detached.set(true);
             }
             _ => control.detached.set(true),
         }

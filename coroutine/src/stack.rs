@@ -23,13 +23,16 @@
 
 pub(crate) mod control;
 mod debugger;
+mod newest;
 pub(crate) mod overflow;
 
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
 use crate::error::Error;
+use crate::protocol::limit::Limit;
 use crate::protocol::placed::Placed;
+use newest::Newest;
 
 /// Bytes of the guard at the low end of each stack.
 pub(crate) const GUARD: usize = 4096;
@@ -160,6 +163,11 @@ impl Fresh {
     }
 }
 
+/// The primitives of `newest`, so that a test can include that file with loom's.
+mod sync {
+    pub(crate) use std::sync::atomic::{AtomicPtr, Ordering};
+}
+
 /// What the overflow handler needs to know of an arena. Made once per arena, never freed.
 pub(crate) struct Arena {
     low: usize,
@@ -175,7 +183,7 @@ pub(crate) struct Arena {
 /// Enters the control block into its arena's list of those that are in place.
 fn note_placed(control: &'static control::Control) {
     let at = control.low().addr();
-    let mut next = arenas();
+    let mut next = ARENAS.get();
     while let Some(arena) = next {
         next = arena.next;
         if let Some(offset) = at.checked_sub(arena.low).filter(|o| *o < arena.bytes) {
@@ -186,7 +194,7 @@ fn note_placed(control: &'static control::Control) {
 
 /// Calls `f` with every control block of the process, live or idle, of any thread.
 pub(crate) fn for_each_control(mut f: impl FnMut(&'static control::Control)) {
-    let mut next = arenas();
+    let mut next = ARENAS.get();
     while let Some(arena) = next {
         next = arena.next;
         let size = size_of_class(arena.class);
@@ -230,17 +238,18 @@ pub(crate) fn high_water(control: &'static control::Control) -> usize {
 }
 
 /// All arenas, newest first.
-static ARENAS: AtomicPtr<Arena> = AtomicPtr::new(ptr::null_mut());
-/// Stacks that have been carved out of all arenas.
-static STACKS: AtomicU64 = AtomicU64::new(0);
-/// Most stacks that may ever be carved.
-static LIMIT: AtomicU64 = AtomicU64::new(u64::MAX);
+static ARENAS: Newest<Arena> = Newest(AtomicPtr::new(ptr::null_mut()));
+/// Stacks that have been carved out of all arenas, and how many may ever be.
+static STACKS: Limit = Limit {
+    taken: AtomicU64::new(0),
+    most: AtomicU64::new(u64::MAX),
+};
 /// Arenas that have been mapped.
 static ARENA_COUNT: AtomicU64 = AtomicU64::new(0);
 
 /// Stacks carved so far in this process, of all sizes.
 pub(crate) fn stacks_carved() -> u64 {
-    STACKS.load(Ordering::Relaxed)
+    STACKS.taken.load(Ordering::Relaxed)
 }
 
 /// Arenas mapped so far in this process.
@@ -253,28 +262,18 @@ pub(crate) fn arenas_mapped() -> u64 {
 ///
 /// Without a limit, memory is the limit, and the kernel may kill the process when it is gone.
 pub fn set_stack_limit(most: u64) {
-    LIMIT.store(most, Ordering::Relaxed);
+    STACKS.most.store(most, Ordering::Relaxed);
 }
 
 /// Takes up to `want` out of what the limit leaves.
 fn reserve_stacks(want: usize) -> Result<usize, Error> {
-    let limit = LIMIT.load(Ordering::Relaxed);
-    let mut got = 0;
-    let _ = STACKS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |carved| {
-        got = limit.saturating_sub(carved).min(want as u64);
-        Some(carved + got)
-    });
-    match got {
-        0 => Err(Error::TooManyStacks { limit }),
+    match STACKS.take(want as u64) {
+        0 => Err(Error::TooManyStacks {
+            limit: STACKS.most(),
+        }),
         // Not more than `want`.
         got => Ok(usize::try_from(got).expect("64-bit")),
     }
-}
-
-fn arenas() -> Option<&'static Arena> {
-    // SAFETY: `ARENAS` is null or came from `Box::leak` in `map_arena`; nobody frees or changes it
-    // (`carved` is atomic).
-    unsafe { ARENAS.load(Ordering::Acquire).as_ref() }
 }
 
 /// The part of an arena that is not carved yet, and how large the next arena shall be. One per
@@ -307,14 +306,14 @@ impl Quarry {
         let guarded = match install_guards(self.rest.low, size, want) {
             Ok(guarded) => guarded,
             Err(error) => {
-                STACKS.fetch_sub(want as u64, Ordering::Relaxed);
+                STACKS.give_back(want as u64);
                 return Err(error);
             }
         };
         let fresh = self.rest.split(guarded, class);
         let arena = self.arena.expect("a quarry with slots has an arena");
         arena.carved.fetch_add(guarded, Ordering::Release);
-        STACKS.fetch_sub((want - guarded) as u64, Ordering::Relaxed);
+        STACKS.give_back((want - guarded) as u64);
         Ok(fresh)
     }
 
@@ -375,15 +374,14 @@ fn map_arena(bytes: usize, class: usize) -> Result<(NonNull<u8>, &'static Arena)
     std::hint::black_box(&debugger::LAYOUT);
     static PUBLISH: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _one_at_a_time = PUBLISH.lock().expect("nothing panics under this lock");
-    let arena: &'static Arena = Box::leak(Box::new(Arena {
+    let arena = ARENAS.add(|next| Arena {
         low: low.as_ptr().expose_provenance(),
         bytes,
         class,
         carved: AtomicUsize::new(0),
         placed: Placed::new(bytes / size_of_class(class)),
-        next: arenas(),
-    }));
-    ARENAS.store(ptr::from_ref(arena).cast_mut(), Ordering::Release);
+        next,
+    });
     ARENA_COUNT.fetch_add(1, Ordering::Relaxed);
     Ok((low, arena))
 }

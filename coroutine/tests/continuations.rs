@@ -10,7 +10,9 @@ use std::rc::Rc;
 use coblock_coroutine::continuation::{
     Continuation, Ended, Itself, Options, Passed, Release, is_leader, itself,
 };
-use coblock_coroutine::{Coroutine, DEFAULT_STACK_SIZE, Error, WakeHandle, stats, with_current};
+use coblock_coroutine::{
+    Coroutine, DEFAULT_STACK_SIZE, Error, State, WakeHandle, stats, with_current,
+};
 use support::{in_own_process, refused};
 
 fn hooked(name: &'static str, hook: impl FnOnce(Ended) -> Release + 'static) -> Options {
@@ -380,4 +382,30 @@ fn stack_sizes() {
         let why = sized(absurd).unwrap_err();
         assert!(matches!(why, Error::BadStackSize { asked, .. } if asked == absurd));
     }
+}
+
+/// A veto keeps nothing for a handle that is gone. Found by the random model: dropped while it was
+/// woken and queued, a continuation is unwound when its turn comes, and then its stack was kept for
+/// ever.
+#[test]
+fn a_veto_for_a_handle_that_is_gone() {
+    let live = stats().live();
+    let waker = Rc::new(RefCell::new(None));
+    let kept = waker.clone();
+    let options = Options {
+        release: Some(Box::new(|_| Release::Veto)),
+        ..Options::default()
+    };
+    let it: Continuation<(), ()> = Continuation::init(options, move |own, ()| {
+        *kept.borrow_mut() = Some(own.co().wake_handle());
+        own.yield_with(());
+    })
+    .unwrap();
+    assert_eq!(it.yield_to(()), Passed::Yielded(()));
+    let other = Coroutine::new(move |_| {
+        waker.take().expect("it ran").wake();
+        drop(it);
+    });
+    assert_eq!(other.unwrap().enter(), State::Finished);
+    assert_eq!(stats().live(), live);
 }

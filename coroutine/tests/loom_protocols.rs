@@ -2,7 +2,8 @@
 //! loom's primitives.
 //!
 //! `mark`: no wake is lost, whoever comes first (rule 3.10). `handoff`: never two owners, never
-//! free while somebody waits, nobody forgotten (rule 4.1). Loom tries every order of the threads'
+//! free while somebody waits, nobody forgotten (rule 4.1). `placed`, `newest`, `limit`: the arenas
+//! (rule 1.7). Loom tries every order of the threads'
 //! steps that the memory model allows.
 
 // Which functions a model uses is its own affair.
@@ -10,7 +11,7 @@
 
 /// What the included files import from `super::sync`.
 mod sync {
-    pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+    pub(crate) use loom::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
     /// As the crate's, on loom's mutex.
     pub(crate) struct ThreadLock<T>(loom::sync::Mutex<T>);
@@ -33,8 +34,12 @@ mod sync {
 
 #[path = "../src/protocol/handoff.rs"]
 mod handoff;
+#[path = "../src/protocol/limit.rs"]
+mod limit;
 #[path = "../src/protocol/mark.rs"]
 mod mark;
+#[path = "../src/stack/newest.rs"]
+mod newest;
 #[path = "../src/protocol/placed.rs"]
 mod placed;
 #[path = "../src/protocol/tickets.rs"]
@@ -43,9 +48,11 @@ mod tickets;
 use std::collections::VecDeque;
 
 use handoff::{Attempt, Handoff};
-use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use limit::Limit;
+use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use loom::sync::{Arc, Condvar, Mutex, Notify};
 use mark::WakeMark;
+use newest::Newest;
 
 /// Whoever sees the bit of a control block sees what was written there before; two that are placed
 /// at once, in one word, are both seen in the end.
@@ -79,6 +86,119 @@ fn a_placed_control_block_is_whole() {
             .into_iter()
             .for_each(|placer| placer.join().unwrap());
         assert_eq!(look(&placed, &blocks), 2);
+    });
+}
+
+/// Never more stacks are taken than the limit leaves, whatever the order of taking and giving back;
+/// what was given back can be had again.
+#[test]
+fn a_limit_is_never_passed() {
+    loom::model(|| {
+        let limit = Arc::new(Limit {
+            taken: AtomicU64::new(0),
+            most: AtomicU64::new(3),
+        });
+        let takers: Vec<_> = (0..2)
+            .map(|_| {
+                let limit = limit.clone();
+                loom::thread::spawn(move || {
+                    let got = limit.take(2);
+                    assert!(
+                        (1..=2).contains(&got),
+                        "three are never gone after one taker"
+                    );
+                    assert!(limit.taken.load(Ordering::Relaxed) <= 3);
+                    // As where the kernel refuses the second guard page.
+                    limit.give_back(got - 1);
+                })
+            })
+            .collect();
+        takers.into_iter().for_each(|taker| taker.join().unwrap());
+        assert_eq!(limit.taken.load(Ordering::Relaxed), 2, "one each");
+        assert_eq!((limit.take(5), limit.take(1)), (1, 0));
+    });
+}
+
+/// An arena in small: whoever walks the list meets only whole arenas and whole control blocks, while
+/// others map arenas, carve slots and place control blocks.
+#[test]
+fn a_walk_meets_only_what_is_whole() {
+    use loom::cell::UnsafeCell;
+
+    struct Arena {
+        low: UnsafeCell<u64>,
+        carved: AtomicU64,
+        placed: placed::Placed,
+        blocks: [UnsafeCell<u64>; 2],
+        next: Option<&'static Arena>,
+    }
+    // SAFETY: loom watches each access of the cells.
+    unsafe impl Sync for Arena {}
+
+    struct World {
+        newest: Newest<Arena>,
+        /// The lock of the quarry: the arena that is carved, and the next slot.
+        quarry: Mutex<Option<(&'static Arena, usize)>>,
+    }
+    // SAFETY: an arena may be used by any thread.
+    unsafe impl Send for World {}
+    // SAFETY: as above.
+    unsafe impl Sync for World {}
+
+    impl World {
+        /// Carves a slot, of a new arena where there is none, and places its control block.
+        fn carve_and_place(&self) {
+            let mut quarry = self.quarry.lock().unwrap();
+            let (arena, index) = quarry.unwrap_or_else(|| {
+                let make = |next| Arena {
+                    low: UnsafeCell::new(7),
+                    carved: AtomicU64::new(0),
+                    placed: placed::Placed::new(2),
+                    blocks: [UnsafeCell::new(0), UnsafeCell::new(0)],
+                    next,
+                };
+                (self.newest.add(make), 0)
+            });
+            arena.carved.fetch_add(1, Ordering::Release);
+            *quarry = Some((arena, index + 1));
+            drop(quarry);
+            // SAFETY: the slot is this thread's alone; nobody looks before its bit is set.
+            arena.blocks[index].with_mut(|at| unsafe { *at = 7 + index as u64 });
+            arena.placed.set(index);
+        }
+
+        fn walk(&self) -> usize {
+            let (mut next, mut seen) = (self.newest.get(), 0);
+            while let Some(arena) = next {
+                next = arena.next;
+                // SAFETY: written before the arena was added, and never again.
+                assert_eq!(arena.low.with(|at| unsafe { *at }), 7);
+                let carved = arena.carved.load(Ordering::Acquire);
+                arena.placed.for_each(carved as usize, |index| {
+                    // SAFETY: written before its bit was set, and never again.
+                    let block = arena.blocks[index].with(|at| unsafe { *at });
+                    assert_eq!(block, 7 + index as u64);
+                    seen += 1;
+                });
+            }
+            seen
+        }
+    }
+
+    loom::model(|| {
+        let world = Arc::new(World {
+            newest: Newest(AtomicPtr::new(std::ptr::null_mut())),
+            quarry: Mutex::new(None),
+        });
+        let makers: Vec<_> = (0..2)
+            .map(|_| {
+                let world = world.clone();
+                loom::thread::spawn(move || world.carve_and_place())
+            })
+            .collect();
+        assert!(world.walk() <= 2);
+        makers.into_iter().for_each(|maker| maker.join().unwrap());
+        assert_eq!(world.walk(), 2);
     });
 }
 

@@ -10,6 +10,7 @@ mod counts;
 mod graph;
 mod mutants;
 mod reliability;
+mod sanitize;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -24,6 +25,7 @@ Usage: cargo xtask TASK
   bench [OPTIONS]  ours beside qemu-img bench, other implementations and the floor; --help lists the options
   mutants [WORDS]  every mistake that the product can be told to make must be caught; WORDS: part of its name
   counts [OPTIONS] instructions per operation against docs/counts.json; --help lists the options
+  sanitize [asan|valgrind] [--short]  tests of the coroutine library under AddressSanitizer and valgrind
 ";
 
 /// What a task returns: an error is printed as it is, and the exit status is 1.
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         Some("sim") => reliability::sim(&rest),
         Some("mutants") => mutants::run(&rest),
         Some("counts") => counts::run(&rest),
+        Some("sanitize") => sanitize::run(&rest),
         Some("help" | "--help" | "-h") => {
             print!("{USAGE}");
             Ok(())

@@ -4,6 +4,7 @@
 //! loom's.
 
 pub(crate) mod handoff;
+pub(crate) mod limit;
 pub(crate) mod mark;
 pub(crate) mod placed;
 pub(crate) mod tickets;

@@ -3,9 +3,9 @@
 
 use std::mem::offset_of;
 use std::ptr;
-use std::sync::atomic::AtomicPtr;
 
 use super::control::Control;
+use super::newest::Newest;
 use super::{ARENAS, Arena, COLOUR_STEP, COLOURS, GUARD, SMALLEST_STACK};
 
 /// All that the script must know. It lists these fields in the same order, and refuses another
@@ -13,7 +13,7 @@ use super::{ARENAS, Arena, COLOUR_STEP, COLOURS, GUARD, SMALLEST_STACK};
 #[repr(C)]
 pub(super) struct Layout {
     version: u64,
-    arenas: *const AtomicPtr<Arena>,
+    arenas: *const Newest<Arena>,
     // Offsets in an arena.
     arena_low: u64,
     arena_class: u64,

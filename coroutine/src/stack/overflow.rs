@@ -92,7 +92,7 @@ pub(crate) fn prepare_thread() {
 ///
 /// Async-signal-safe: reads atomics, mapped memory, and nothing else.
 fn overflowed(address: usize) -> Option<&'static str> {
-    let mut next: Option<&'static Arena> = super::arenas();
+    let mut next: Option<&'static Arena> = super::ARENAS.get();
     while let Some(arena) = next {
         next = arena.next;
         let Some(offset) = address.checked_sub(arena.low).filter(|o| *o < arena.bytes) else {
