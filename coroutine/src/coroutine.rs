@@ -158,6 +158,7 @@ impl Coroutine {
         {
             self.refuse(Location::caller());
         }
+        debug_assert!(!control.pending.get(), "a wake of it has resumed it");
         co::resume(self.thread(), control, Phase::Running)
     }
 

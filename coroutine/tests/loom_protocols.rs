@@ -49,7 +49,7 @@ use std::collections::VecDeque;
 
 use handoff::{Attempt, Handoff};
 use limit::Limit;
-use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use loom::sync::{Arc, Condvar, Mutex, Notify};
 use mark::WakeMark;
 use newest::Newest;
@@ -127,7 +127,7 @@ fn a_walk_meets_only_what_is_whole() {
 
     struct Arena {
         low: UnsafeCell<u64>,
-        carved: AtomicU64,
+        carved: AtomicUsize,
         placed: placed::Placed,
         blocks: [UnsafeCell<u64>; 2],
         next: Option<&'static Arena>,
@@ -152,7 +152,7 @@ fn a_walk_meets_only_what_is_whole() {
             let (arena, index) = quarry.unwrap_or_else(|| {
                 let make = |next| Arena {
                     low: UnsafeCell::new(7),
-                    carved: AtomicU64::new(0),
+                    carved: AtomicUsize::new(0),
                     placed: placed::Placed::new(2),
                     blocks: [UnsafeCell::new(0), UnsafeCell::new(0)],
                     next,
@@ -174,7 +174,7 @@ fn a_walk_meets_only_what_is_whole() {
                 // SAFETY: written before the arena was added, and never again.
                 assert_eq!(arena.low.with(|at| unsafe { *at }), 7);
                 let carved = arena.carved.load(Ordering::Acquire);
-                arena.placed.for_each(carved as usize, |index| {
+                arena.placed.for_each(carved, |index| {
                     // SAFETY: written before its bit was set, and never again.
                     let block = arena.blocks[index].with(|at| unsafe { *at });
                     assert_eq!(block, 7 + index as u64);
