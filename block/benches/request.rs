@@ -3,13 +3,19 @@
 //! One coroutine each, as a device would do it; the coroutine alone is printed for comparison.
 
 use coblock_aio::{ContextOptions, EngineKind, Home};
-use coblock_block::{BlockBackend, DenyAll, DriverRegistry, Graph, Options, RequestFlags, open};
+use coblock_block::{
+    BlockBackend, DenyAll, Drain, DriverRegistry, Graph, Options, RequestFlags, open,
+};
 use std::sync::Arc;
 use std::time::Instant;
 
 const REQUESTS: u32 = 1_000_000;
 
-fn measure(name: &str, mut f: impl FnMut()) {
+fn measure(name: &str, f: impl FnMut()) {
+    measure_few(name, REQUESTS, f);
+}
+
+fn measure_few(name: &str, count: u32, mut f: impl FnMut()) {
     // Words after `--` choose: for counting the instructions of one.
     let mut words = std::env::args()
         .skip(1)
@@ -21,12 +27,12 @@ fn measure(name: &str, mut f: impl FnMut()) {
     let mut best = f64::INFINITY;
     for _ in 0..3 {
         let start = Instant::now();
-        for _ in 0..REQUESTS {
+        for _ in 0..count {
             f();
         }
         best = best.min(start.elapsed().as_secs_f64());
     }
-    println!("{name:40} {:6.1} ns", best * 1e9 / f64::from(REQUESTS));
+    println!("{name:40} {:6.1} ns", best * 1e9 / f64::from(count));
 }
 
 fn main() {
@@ -72,6 +78,26 @@ fn main() {
                     .expect("null writes");
             });
         });
+    }
+    home.run(|co| {
+        measure("graph lock, read, and unlock", || drop(graph.read(co)));
+    });
+    home.with(|| {
+        measure("drain of an idle node", || {
+            drop(raw.node().drain_blocking())
+        });
+        measure_few("graph lock, write, and unlock", 100_000, || {
+            drop(graph.write())
+        });
+    });
+    let many: Vec<_> = (0..10_000)
+        .map(|_| backend(Options::new().with("driver", "null-co")))
+        .collect();
+    home.with(|| {
+        measure_few("drain of 10 000 nodes", 20, || drop(graph.drain_blocking()));
+    });
+    for backend in many {
+        home.run(|co| backend.close(co)).expect("null closes");
     }
     for backend in [null, raw] {
         home.run(|co| backend.close(co)).expect("null closes");

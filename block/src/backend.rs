@@ -351,15 +351,16 @@ impl BlockBackend {
         let graph = self.graph.try_read(co)?;
         let requests = &self.root.requests;
         let request = requests.begin(graph.slot(), range.0, range.1, kind);
-        let admitted = Admitted {
-            request,
-            graph,
-            closed: false,
-        };
         if requests.is_plain() {
-            return Ok(admitted);
+            return Ok(Admitted {
+                request,
+                graph,
+                closed: false,
+            });
         }
-        self.admit_slow(co, admitted, range, kind)
+        drop(request);
+        drop(graph);
+        self.admit_slow(co, range, kind)
     }
 
     #[cold]
@@ -368,33 +369,33 @@ impl BlockBackend {
     fn admit_slow<'a>(
         &'a self,
         co: &'a Co,
-        mut admitted: Admitted<'a>,
         (offset, len): (u64, u64),
         kind: RequestKind,
     ) -> Result<Admitted<'a>> {
+        let requests = &self.root.requests;
         let mut resuming: Option<Resuming<'_>> = None;
-        // Who was held back goes on, counted, even if the next section has begun by now.
-        while resuming.is_none() && self.root.must_queue() {
-            // No more in flight, and no reader: the section may change the graph.
-            drop(admitted);
-            resuming = self.root.wait_as_request(co);
+        let (request, graph) = loop {
             let graph = self.graph.try_read(co)?;
-            let request = self.root.requests.begin(graph.slot(), offset, len, kind);
-            admitted = Admitted {
-                request,
-                graph,
-                closed: false,
-            };
-        }
+            let request = requests.begin(graph.slot(), offset, len, kind);
+            // Who was held back goes on, counted, even if the next section has begun by now.
+            if resuming.is_some() || !self.root.must_queue() {
+                break (request, graph);
+            }
+            // No more in flight, and no reader: the section may change the graph.
+            drop(request);
+            drop(graph);
+            resuming = self.root.wait_as_request(co);
+        };
         drop(resuming);
-        if self
-            .check_range(self.root.requests.is_closed(), offset, len)
-            .is_ok()
-        {
+        let fits = self.check_range(requests.is_closed(), offset, len);
+        if fits.is_ok() {
             self.root.throttle(co, kind, len);
         }
-        admitted.closed = self.root.requests.is_closed();
-        Ok(admitted)
+        Ok(Admitted {
+            request,
+            graph,
+            closed: requests.is_closed(),
+        })
     }
 
     /// Admits a request here and one on `to`, both or none. While it is held back at either end it

@@ -1,8 +1,10 @@
 //! One graph: its nodes, its lock, its main context. Two of them in a process do not know each
 //! other.
 
+mod dump;
 mod write;
 
+pub use dump::{GraphDump, NodeDump};
 pub use write::GraphWrite;
 
 use crate::error::{Error, ErrorKind, Result};

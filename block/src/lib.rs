@@ -53,7 +53,7 @@ pub use drain::{BusyWith, Drain, DrainTimeout, Drained};
 pub use driver::{Driver, DriverRegistry, DriverStatus, OpenDriver, Place, Precision};
 pub use error::{Error, ErrorKind, Result, errno_text};
 pub use gate::{Beneath, DenyAll, Dependent, Explicit, LikeReference, OpenGate};
-pub use graph::{Graph, GraphCell, GraphRead, GraphWrite};
+pub use graph::{Graph, GraphCell, GraphDump, GraphRead, GraphWrite, NodeDump};
 pub use graph_lock::{ContextSlot, MAX_CONTEXTS};
 pub use io::{Copied, CopySource, CopyTarget, Status};
 pub use mixed::Mixed;
