@@ -5,9 +5,10 @@
 //!     special      serialising requests + THROTTLED + QUIESCED + CLOSED: zero on the fast path
 //!     waiters      who looks for something to end: zero on the fast path
 //!     rows[slot]   one per context, made at its first request
-//!        live      bit i: place i is in use                 stored to by the context's home only,
-//!        place[i]  offset, length, kind                     read by everybody
-//!        next      64 more places, made when these are full
+//!        free      a chunk with a free place                for the context's home
+//!        chunk[n]  64 places; more of them are made when all are full
+//!          live      bit i: place i is in use               stored to by the context's home only,
+//!          place[i]  offset, length, kind                   read by everybody
 //! ```
 //! Beginning and ending a request are plain loads and stores to the context's own row. Whoever must
 //! know about all requests is rare and pays for both: it announces itself in `special` or
@@ -38,7 +39,7 @@ use protocol::{Live, Special, Waiters};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// What a tracked request does.
@@ -75,19 +76,112 @@ struct Place {
 
 #[repr(align(128))]
 struct Chunk {
-    live: Live,
-    next: OnceLock<Box<Chunk>>,
     places: [Place; PLACES],
+    live: Live,
+    /// Number of the next chunk in the row's list, if this one is in it.
+    next_free: AtomicU32,
+    number: u32,
+    row: u8,
 }
 
 impl Chunk {
-    #[cold]
-    fn new() -> Box<Chunk> {
-        Box::new(Chunk {
-            live: Live::new(),
-            next: OnceLock::new(),
+    fn new(row: u8, number: u32, next_free: u32) -> Chunk {
+        Chunk {
             places: std::array::from_fn(|_| Place::default()),
+            live: Live::new(),
+            next_free: AtomicU32::new(next_free),
+            number,
+            row,
+        }
+    }
+
+    #[inline(always)]
+    fn place(&self, index: u8) -> &Place {
+        &self.places[usize::from(index) & (PLACES - 1)]
+    }
+}
+
+/// How often the chunks of a row may double: far beyond the coroutines that a process can have.
+const BUCKETS: usize = 24;
+/// The end of the list of chunks with room.
+const NO_CHUNK: u32 = u32::MAX;
+
+/// The requests of one context. Chunk 0 is there from the start, chunks 2^k to 2^(k+1) - 1 are made
+/// together.
+struct Row {
+    /// Number of a chunk with a free place, first of a list of all that have one; or [`NO_CHUNK`].
+    /// For the home: a request finds its place in a time that does not depend on how many are in
+    /// flight.
+    free: AtomicU32,
+    first: Chunk,
+    more: [OnceLock<Box<[Chunk]>>; BUCKETS],
+}
+
+impl Row {
+    #[cold]
+    fn new(row: u8) -> Box<Row> {
+        Box::new(Row {
+            free: AtomicU32::new(0),
+            first: Chunk::new(row, 0, NO_CHUNK),
+            more: [const { OnceLock::new() }; BUCKETS],
         })
+    }
+
+    /// A chunk with a free place. For the home.
+    #[inline(always)]
+    fn with_room(&self) -> &Chunk {
+        match self.free.load(Ordering::Relaxed) {
+            0 => &self.first,
+            number => self.later_with_room(number),
+        }
+    }
+
+    #[inline(never)]
+    fn later_with_room(&self, mut number: u32) -> &Chunk {
+        if number == NO_CHUNK {
+            number = self.grow();
+            self.free.store(number, Ordering::Relaxed);
+        }
+        let bucket = number.ilog2();
+        let chunks = self.more[bucket as usize].get().expect("a listed chunk");
+        &chunks[(number - (1 << bucket)) as usize]
+    }
+
+    /// Makes as many chunks as there are, in a list, and gives the first one's number.
+    #[cold]
+    fn grow(&self) -> u32 {
+        let bucket = self.more.iter().position(|chunks| chunks.get().is_none());
+        let bucket = bucket.expect("fewer requests in flight than a process has coroutines");
+        let numbers = 1u32 << bucket..2 << bucket;
+        let last = numbers.end - 1;
+        let next = |number| if number == last { NO_CHUNK } else { number + 1 };
+        self.more[bucket].get_or_init(|| {
+            let new = |number| Chunk::new(self.first.row, number, next(number));
+            numbers.clone().map(new).collect()
+        });
+        numbers.start
+    }
+
+    /// The first chunk of the list is full now: the next one comes first. For the home.
+    #[cold]
+    fn take_out(&self, full: &Chunk) {
+        debug_assert_eq!(self.free.load(Ordering::Relaxed), full.number);
+        let next = full.next_free.load(Ordering::Relaxed);
+        self.free.store(next, Ordering::Relaxed);
+    }
+
+    /// A chunk that was full has room again. For the home.
+    #[cold]
+    fn put_in(&self, chunk: &Chunk) {
+        let next = self.free.load(Ordering::Relaxed);
+        chunk.next_free.store(next, Ordering::Relaxed);
+        self.free.store(chunk.number, Ordering::Relaxed);
+    }
+
+    /// All of them, from any thread.
+    fn chunks(&self) -> impl Iterator<Item = &Chunk> {
+        let more = self.more.iter().map_while(OnceLock::get);
+        std::iter::once(&self.first).chain(more.flat_map(|chunks| chunks.iter()))
     }
 }
 
@@ -97,6 +191,16 @@ struct Key {
     row: u8,
     chunk: u32,
     place: u8,
+}
+
+impl Key {
+    fn of(chunk: &Chunk, place: u8) -> Key {
+        Key {
+            row: chunk.row,
+            chunk: chunk.number,
+            place,
+        }
+    }
 }
 
 /// What a waiter waits for.
@@ -174,7 +278,7 @@ pub struct RequestTable {
     special: Special,
     waiters: Waiters,
     waits: ThreadLock<Waits>,
-    rows: [OnceLock<Box<Chunk>>; MAX_CONTEXTS],
+    rows: [OnceLock<Box<Row>>; MAX_CONTEXTS],
 }
 
 impl Default for RequestTable {
@@ -223,33 +327,21 @@ impl RequestTable {
 
     #[inline]
     fn publish(&self, slot: ContextSlot, offset: u64, len_kind: u64) -> Tracked<'_> {
-        let row = slot.index();
-        let mut chunk: &Chunk = self.rows[row].get_or_init(Chunk::new);
-        let mut number = 0;
-        let index = loop {
-            match chunk.live.free() {
-                Some(index) => break index,
-                None => {
-                    chunk = chunk.next.get_or_init(Chunk::new);
-                    number += 1;
-                }
-            }
-        };
-        let place = &chunk.places[index as usize & (PLACES - 1)];
+        let index = slot.index();
+        #[expect(clippy::cast_possible_truncation, reason = "below MAX_CONTEXTS")]
+        let row = self.rows[index].get_or_init(|| Row::new(index as u8));
+        let chunk = row.with_room();
+        let index = chunk.live.free();
+        let place = chunk.place(index);
         place.offset.store(offset, Ordering::Relaxed);
         place.len_kind.store(len_kind, Ordering::Relaxed);
-        chunk.live.publish(index);
-        #[expect(clippy::cast_possible_truncation, reason = "below 64 both")]
-        let key = Key {
-            row: row as u8,
-            chunk: number,
-            place: index as u8,
-        };
+        if chunk.live.publish(index) {
+            row.take_out(chunk);
+        }
         Tracked {
             table: self,
             chunk,
-            place,
-            key,
+            index,
             on_its_thread: PhantomData,
         }
     }
@@ -272,38 +364,27 @@ impl RequestTable {
         self.special.close()
     }
 
-    fn chunks(&self) -> impl Iterator<Item = (u8, u32, &Chunk)> {
-        (0u8..).zip(&self.rows).flat_map(|(row, first)| {
-            let first = first.get().map(|chunk| &**chunk);
-            (0u32..)
-                .zip(std::iter::successors(first, |chunk| {
-                    chunk.next.get().map(|next| &**next)
-                }))
-                .map(move |(number, chunk)| (row, number, chunk))
-        })
+    fn chunks(&self) -> impl Iterator<Item = &Chunk> {
+        let rows = self.rows.iter().filter_map(OnceLock::get);
+        rows.flat_map(|row| row.chunks())
     }
 
     /// All that are live, as seen after a heavy fence by the caller.
     fn live(&self) -> impl Iterator<Item = (Key, u64, u64)> {
-        self.chunks().flat_map(|(row, number, chunk)| {
+        self.chunks().flat_map(|chunk| {
             let mut live = chunk.live.get();
             std::iter::from_fn(move || {
-                let index = live.trailing_zeros();
-                if index == u64::BITS {
+                #[expect(clippy::cast_possible_truncation, reason = "at most 64")]
+                let index = live.trailing_zeros() as u8;
+                if u32::from(index) == u64::BITS {
                     return None;
                 }
                 live &= live - 1;
-                let place = &chunk.places[index as usize];
+                let place = chunk.place(index);
                 // The length first: once it is known, so is the offset.
                 let len_kind = place.len_kind.load(Ordering::Acquire);
                 let offset = place.offset.load(Ordering::Relaxed);
-                #[expect(clippy::cast_possible_truncation, reason = "below 64")]
-                let key = Key {
-                    row,
-                    chunk: number,
-                    place: index as u8,
-                };
-                Some((key, offset, len_kind))
+                Some((Key::of(chunk, index), offset, len_kind))
             })
         })
     }
@@ -313,7 +394,7 @@ impl RequestTable {
     pub fn in_flight(&self) -> usize {
         heavy_fence();
         self.chunks()
-            .map(|(_, _, chunk)| chunk.live.get().count_ones() as usize)
+            .map(|chunk| chunk.live.get().count_ones() as usize)
             .sum()
     }
 
@@ -411,6 +492,13 @@ impl RequestTable {
             table: self,
             ticket: waits.push(target, wake),
         }
+    }
+
+    /// A request of this chunk, which was full, ends. For the home.
+    #[cold]
+    fn has_room(&self, chunk: &Chunk) {
+        let row = self.rows[usize::from(chunk.row)].get();
+        row.expect("the row of a chunk").put_in(chunk);
     }
 
     /// A request ended and somebody waits: wakes whoever waits for it.
@@ -569,31 +657,39 @@ impl RequestTable {
 pub struct Tracked<'a> {
     table: &'a RequestTable,
     chunk: &'a Chunk,
-    place: &'a Place,
-    key: Key,
+    index: u8,
     on_its_thread: PhantomData<*const ()>,
 }
 
 impl Tracked<'_> {
+    #[inline(always)]
+    fn place(&self) -> &Place {
+        self.chunk.place(self.index)
+    }
+
+    fn key(&self) -> Key {
+        Key::of(self.chunk, self.index)
+    }
+
     /// Tells the range of a request that was begun without one.
     ///
     /// # Panics
     /// For a request that has a range already: others may have relied on it.
     #[inline]
     pub fn set_range(&self, offset: u64, len: u64) {
-        let len_kind = self.place.len_kind.load(Ordering::Relaxed);
+        let len_kind = self.place().len_kind.load(Ordering::Relaxed);
         assert!(
             len_kind & LEN_MASK == UNKNOWN,
             "the range of a tracked request is set twice"
         );
         // A reader that sees the length sees the offset: it loads them in the other order.
-        self.place.offset.store(offset, Ordering::Relaxed);
+        self.place().offset.store(offset, Ordering::Relaxed);
         let kind = len_kind & !LEN_MASK;
-        self.place
+        self.place()
             .len_kind
             .store(kind | len.min(UNKNOWN), Ordering::Release);
         if self.table.waiters.any() {
-            self.table.wake_waiters(self.key);
+            self.table.wake_waiters(self.key());
         }
     }
 
@@ -603,8 +699,8 @@ impl Tracked<'_> {
         {
             // Under the lock, so that no scan sees half of it.
             let _still = self.table.waits.lock();
-            let len_kind = self.place.len_kind.load(Ordering::Relaxed);
-            let own = self.place.offset.load(Ordering::Relaxed);
+            let len_kind = self.place().len_kind.load(Ordering::Relaxed);
+            let own = self.place().offset.load(Ordering::Relaxed);
             let own_len = len_kind & LEN_MASK;
             let (start, new_len) = if own_len == UNKNOWN {
                 (own, UNKNOWN)
@@ -613,9 +709,9 @@ impl Tracked<'_> {
                 let end = own.saturating_add(own_len).max(offset.saturating_add(len));
                 (start, (end - start).min(UNKNOWN))
             };
-            self.place.offset.store(start, Ordering::Relaxed);
+            self.place().offset.store(start, Ordering::Relaxed);
             let kind = len_kind & !LEN_MASK;
-            self.place
+            self.place()
                 .len_kind
                 .store(kind | SERIALISING | new_len, Ordering::Release);
             if len_kind & SERIALISING == 0 {
@@ -646,8 +742,8 @@ impl Tracked<'_> {
     }
 
     fn conflict(&self, waits: &Waits, turn: u64) -> Option<Key> {
-        let len_kind = self.place.len_kind.load(Ordering::Relaxed);
-        let start = self.place.offset.load(Ordering::Relaxed);
+        let len_kind = self.place().len_kind.load(Ordering::Relaxed);
+        let start = self.place().offset.load(Ordering::Relaxed);
         let len = len_kind & LEN_MASK;
         let range = if len == UNKNOWN {
             0..u64::MAX
@@ -656,7 +752,7 @@ impl Tracked<'_> {
         };
         let conflicts = |&(key, offset, other): &(Key, u64, u64)| {
             !mutant!("serialising requests do not exclude each other")
-                && key != self.key
+                && key != self.key()
                 && (len_kind | other) & SERIALISING != 0
                 && overlaps(&range, offset, other)
                 && waits.turn_of(key).is_none_or(|theirs| theirs < turn)
@@ -678,11 +774,11 @@ impl<'a> Turn<'a> {
             let mut waits = table.waits.lock();
             let number = waits.next_ticket;
             waits.next_ticket += 1;
-            waits.pending.push((number, request.key));
+            waits.pending.push((number, request.key()));
             number
         };
         // Who took it for running: its turn comes later than theirs.
-        table.wake_waiters(request.key);
+        table.wake_waiters(request.key());
         Turn { table, number }
     }
 }
@@ -697,12 +793,14 @@ impl Drop for Turn<'_> {
 impl Drop for Tracked<'_> {
     #[inline]
     fn drop(&mut self) {
-        if self.place.len_kind.load(Ordering::Relaxed) & SERIALISING != 0 {
+        if self.place().len_kind.load(Ordering::Relaxed) & SERIALISING != 0 {
             self.table.special.lower();
         }
-        let place = u32::from(self.key.place);
-        if self.chunk.live.retire(place, &self.table.waiters) {
-            self.table.wake_waiters(self.key);
+        if self.chunk.live.is_full() {
+            self.table.has_room(self.chunk);
+        }
+        if self.chunk.live.retire(self.index, &self.table.waiters) {
+            self.table.wake_waiters(self.key());
         }
     }
 }

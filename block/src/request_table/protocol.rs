@@ -31,25 +31,36 @@ impl Live {
         Live(AtomicU64::new(0))
     }
 
-    /// A place that is not in use; `None` if all are. For the home.
-    #[inline]
-    pub(crate) fn free(&self) -> Option<u32> {
-        let live = self.0.load(Ordering::Relaxed);
-        (live != u64::MAX).then(|| (!live).trailing_zeros())
+    /// Are all places in use? For the home.
+    #[inline(always)]
+    pub(crate) fn is_full(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == u64::MAX
     }
 
-    /// Takes a place that is free, whose contents are written. For the home.
-    #[inline]
-    pub(crate) fn publish(&self, place: u32) {
+    /// A place that is not in use; not all are. For the home.
+    #[inline(always)]
+    pub(crate) fn free(&self) -> u8 {
         let live = self.0.load(Ordering::Relaxed);
-        self.0.store(live | 1 << place, Ordering::Release);
+        debug_assert!(live != u64::MAX, "a place is looked for where none is");
+        #[expect(clippy::cast_possible_truncation, reason = "below 64")]
+        let place = live.trailing_ones() as u8;
+        place
+    }
+
+    /// Takes a place that is free, whose contents are written. For the home. `true`: it was the
+    /// last one.
+    #[inline(always)]
+    pub(crate) fn publish(&self, place: u8) -> bool {
+        let live = self.0.load(Ordering::Relaxed) | 1 << place;
+        self.0.store(live, Ordering::Release);
         light_fence();
+        live == u64::MAX
     }
 
     /// Gives a place back. For the home. `true`: somebody waits and must be woken.
     #[inline]
     #[must_use]
-    pub(crate) fn retire(&self, place: u32, waiters: &Waiters) -> bool {
+    pub(crate) fn retire(&self, place: u8, waiters: &Waiters) -> bool {
         let live = self.0.load(Ordering::Relaxed);
         debug_assert!(live & 1 << place != 0, "a tracked request ends twice");
         self.0.store(live & !(1 << place), Ordering::Release);

@@ -100,15 +100,25 @@ fn any_number_of_requests_is_counted() {
         offsets.sort_unstable();
         assert_eq!(offsets, (0..300).map(|n| n * 10).collect::<Vec<_>>());
         assert!(table.overlapping(2999..5000) && !table.overlapping(3000..5000));
-        requests.retain(|request| request.key.place % 2 == 0);
+        let places = requests.iter().map(|request| request.key().chunk).max();
+        requests.retain(|request| request.key().place % 2 == 0);
         assert_eq!(table.in_flight(), requests.len());
-        let reused = table.begin(guard.slot(), 0, 1, RequestKind::Read);
-        assert_eq!(
-            reused.key.chunk, 0,
-            "a place that became free is used again"
-        );
-        drop((reused, requests));
+        while requests.len() < 300 {
+            requests.push(table.begin(guard.slot(), 0, 1, RequestKind::Read));
+        }
+        assert_eq!(table.in_flight(), 300);
+        let reused = requests.iter().map(|request| request.key().chunk).max();
+        assert_eq!(reused, places, "places that became free are used again");
+        let mut keys: Vec<_> = requests
+            .iter()
+            .map(|r| (r.key().chunk, r.key().place))
+            .collect();
+        keys.sort_unstable();
+        keys.dedup();
+        assert_eq!(keys.len(), 300, "no place has two requests");
+        drop(requests);
         assert_eq!(table.in_flight(), 0);
+        assert_eq!(table.begin(guard.slot(), 0, 1, RequestKind::Read).index, 0);
     });
     world.finish();
 }
