@@ -116,6 +116,15 @@ impl IoWait {
         }
     }
 
+    /// Asks the processor for what [`complete`](IoWait::complete) is going to touch: the frames from
+    /// this one up to the root of the waiter's stack, and its control block. Changes nothing.
+    #[inline(always)]
+    pub fn prefetch(&self) {
+        if let Some(waiter) = self.waiter.get() {
+            waiter.prefetch_stack(std::ptr::from_ref(self).cast());
+        }
+    }
+
     /// Whether the operation is complete.
     #[inline]
     pub fn is_complete(&self) -> bool {

@@ -350,6 +350,32 @@ impl Control {
         }
     }
 
+    /// The same for all frames from `low`, which lies in the last one, up to here, and for the
+    /// control block. Of a deep stack the part around the last frames.
+    #[inline(always)]
+    pub(crate) fn prefetch_stack(&self, low: *const i8) {
+        /// What the usual request has on its stack.
+        const MOST: usize = 24 * LINE;
+        /// Bytes of a cache line.
+        const LINE: usize = 64;
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let control = ptr::from_ref(self).cast::<i8>();
+            // SAFETY: a prefetch reads nothing, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(control) };
+            // The frames of the switch itself lie below `low`.
+            let bytes = control.addr().saturating_sub(low.addr()).min(MOST);
+            for at in (0..bytes + 3 * LINE).step_by(LINE) {
+                let line = low.wrapping_sub(2 * LINE).wrapping_add(at);
+                // SAFETY: as above.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = low;
+    }
+
     /// Begins a life: phase `New`, and nothing has happened in it. Neighbours, so that it is one
     /// store.
     #[inline(always)]
