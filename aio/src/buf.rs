@@ -98,7 +98,16 @@ impl<'a> Span<'a> {
         }
     }
 
+    #[inline(always)]
     fn slice(self, offset: usize, len: usize) -> Self {
+        // What most requests ask for.
+        if offset == 0 && len == self.len {
+            return self;
+        }
+        self.part(offset, len)
+    }
+
+    fn part(self, offset: usize, len: usize) -> Self {
         let end = offset.checked_add(len);
         assert!(
             end.is_some_and(|end| end <= self.len),
@@ -263,6 +272,7 @@ impl<'a> IoVec<'a> {
     }
 
     /// The `len` bytes at `offset`; panics when they leave the buffer.
+    #[inline(always)]
     #[must_use]
     pub fn slice(&self, offset: usize, len: usize) -> IoVec<'a> {
         IoVec {
@@ -410,6 +420,7 @@ impl<'a> IoVecMut<'a> {
     }
 
     /// The `len` bytes at `offset`, lent; panics when they leave the buffer.
+    #[inline(always)]
     #[must_use]
     pub fn slice(&mut self, offset: usize, len: usize) -> IoVecMut<'_> {
         IoVecMut {

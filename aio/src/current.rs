@@ -9,12 +9,22 @@ use crate::bottom_half::Work;
 use crate::context::AioContext;
 use crate::home::Core;
 use std::cell::RefCell;
+use std::mem::ManuallyDrop;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 thread_local! {
-    static CURRENT: RefCell<Option<Rc<Core>>> = const { RefCell::new(None) };
+    /// Not dropped with its thread: [`Driving`] puts back what was there before, in the end nothing.
+    /// So each look at it is a load, not a call that asks whether the thread is ending.
+    static CURRENT: RefCell<ManuallyDrop<Option<Rc<Core>>>> =
+        const { RefCell::new(ManuallyDrop::new(None)) };
+}
+
+/// Makes the thread drive `core`; gives back what it drove before.
+fn drive(core: Option<Rc<Core>>) -> Option<Rc<Core>> {
+    let core = ManuallyDrop::new(core);
+    ManuallyDrop::into_inner(CURRENT.with(|current| current.replace(core)))
 }
 
 /// Calls `f` with the home that this thread drives. `f` neither suspends nor runs other people's
@@ -37,15 +47,14 @@ pub(crate) struct Driving {
 impl Driving {
     pub fn new(core: &Rc<Core>) -> Self {
         Driving {
-            before: CURRENT.with(|current| current.replace(Some(core.clone()))),
+            before: drive(Some(core.clone())),
         }
     }
 }
 
 impl Drop for Driving {
     fn drop(&mut self) {
-        let before = self.before.take();
-        CURRENT.with(|current| current.replace(before));
+        drive(self.before.take());
     }
 }
 

@@ -139,7 +139,7 @@ impl Child {
     /// # Errors
     /// `OutOfBounds` where no node can reach, else what the driver returned. Anything may be in
     /// `buf` then.
-    #[inline]
+    #[inline(always)]
     pub fn pread<'b>(
         &self,
         co: &Co,
@@ -158,7 +158,7 @@ impl Child {
     /// `OutOfBounds` past the end of a node that cannot grow, `ReadOnly`, else what the driver
     /// returned. After an error any part of the range may hold old or new data; nothing outside it
     /// has changed.
-    #[inline]
+    #[inline(always)]
     pub fn pwrite<'b>(
         &self,
         co: &Co,

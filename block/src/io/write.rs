@@ -10,8 +10,8 @@ use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 
 impl Node {
-    /// See [`Child::pwrite`](crate::Child::pwrite).
-    #[inline]
+    /// See [`Child::pwrite`](crate::Child::pwrite); inlined as [`Node::pread`] is.
+    #[inline(always)]
     pub(crate) fn pwrite(
         &self,
         co: &Co,
@@ -39,14 +39,26 @@ impl Node {
                 Err(error) => Err(self.failed(error, offset)),
             }
         } else {
-            self.trace(co, "write", (offset, len), || {
-                self.pwrite_slow(co, graph, offset, buf, flags, &request)
-            })
+            self.pwrite_traced(co, graph, offset, buf, flags, &request)
         }
     }
 
     #[cold]
     #[inline(never)]
+    fn pwrite_traced(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        buf: IoVec<'_>,
+        flags: RequestFlags,
+        request: &Tracked<'_>,
+    ) -> Result<()> {
+        self.trace(co, "write", (offset, bytes(buf.len())), || {
+            self.pwrite_slow(co, graph, offset, buf, flags, request)
+        })
+    }
+
     fn pwrite_slow(
         &self,
         co: &Co,
