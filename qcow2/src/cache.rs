@@ -39,8 +39,8 @@ const LOAD_QUEUES: usize = 64;
 
 /// A cache of slices of one kind (L2 or refcount).
 pub(crate) struct SliceCache {
-    /// 64-bit words in a slice.
-    words: usize,
+    /// Logarithm of the number of 64-bit words in a slice.
+    words_bits: u32,
     directory: LazyWords,
     slots: Box<[Slot]>,
     state: ThreadLock<State>,
@@ -127,7 +127,7 @@ impl SliceCache {
         // A directory entry has 32 bits for the slot.
         let slots = in_memory((limit_bytes / slice_bytes).clamp(SLOTS_MIN as u64, 1 << 24));
         SliceCache {
-            words: in_memory(slice_bytes / 8),
+            words_bits: (slice_bytes / 8).ilog2(),
             directory: LazyWords::new(),
             slots: (0..slots)
                 .map(|_| Slot {
@@ -151,7 +151,19 @@ impl SliceCache {
 
     /// Bytes in a slice.
     pub fn slice_bytes(&self) -> u64 {
-        self.words as u64 * 8
+        8 << self.words_bits
+    }
+
+    /// The slice that word `nth` of all is in, and its place there.
+    #[inline(always)]
+    pub fn place(&self, nth: u64) -> (u64, usize) {
+        let in_slice = nth & ((1 << self.words_bits) - 1);
+        (nth >> self.words_bits, in_memory(in_slice))
+    }
+
+    /// Words in a slice.
+    fn words(&self) -> usize {
+        1 << self.words_bits
     }
 
     /// A buffer for one slice, with anything in it. [`SliceCache::give_buffer`] takes it back.
@@ -188,7 +200,7 @@ impl SliceCache {
     /// Calls `look` with the raw words of `slice` if it is cached, and returns its result if the
     /// slice was there all the time. `look` may see words of another slice; then its result is
     /// thrown away.
-    #[inline]
+    #[inline(always)]
     pub fn peek<R>(&self, slice: u64, look: impl FnOnce(&[AtomicU64]) -> R) -> Option<R> {
         let entry = self.directory.get(slice)?;
         let before = entry.load(Acquire);
@@ -439,7 +451,7 @@ impl<'a> Load<'a> {
     /// nothing: look up the place again.
     pub fn publish(mut self, bytes: &[u8], in_place: impl FnOnce() -> bool) -> Option<Pin<'a>> {
         let cache = self.cache;
-        assert_eq!(bytes.len(), cache.words * 8);
+        assert_eq!(bytes.len(), cache.words() * 8);
         let mut state = cache.state.lock();
         let its = &mut state.slots[self.slot];
         assert!(its.loading && its.pins == 1, "published once");
@@ -449,7 +461,7 @@ impl<'a> Load<'a> {
         }
         let words = cache.slots[self.slot]
             .words
-            .get_or_init(|| (0..cache.words).map(|_| AtomicU64::new(0)).collect());
+            .get_or_init(|| (0..cache.words()).map(|_| AtomicU64::new(0)).collect());
         for (word, raw) in words.iter().zip(bytes.chunks_exact(8)) {
             word.store(raw_word(raw), Relaxed);
         }

@@ -1,9 +1,10 @@
 //! qcow2 as a driver of the block layer: read, write, zero, discard, flush, close.
 //!
 //! ```text
-//!   pread   lookup (cache hit: no lock) -> child file | backing file | zeros
-//!   pwrite  lookup: a cluster of our own -> child file in place
-//!           anything else                -> cow.rs, under the metadata mutex
+//!   pread   lookup: one cluster that is there (no lock)  -> child file
+//!           anything else, extent by extent             -> child file | backing file | zeros
+//!   pwrite  lookup: one cluster of our own              -> child file in place
+//!           anything else, extent by extent             -> cow.rs, under the metadata mutex
 //!   flush   writeback.rs
 //! ```
 //!
@@ -80,6 +81,88 @@ impl Qcow2 {
         self.pin_l2(co, graph, at).map(drop)
     }
 
+    /// The usual read: of one cluster that is there, whose entry is cached. `None`: it is not, and
+    /// nothing was done.
+    ///
+    /// Straight code without a loop: what lies on a coroutine's stack while it waits is fetched
+    /// into the cache again afterwards.
+    #[inline(always)]
+    fn read_in_place(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        into: &mut IoVecMut<'_>,
+    ) -> Option<Result<()>> {
+        let slot = graph.slot();
+        let in_flight = self.in_flight.begin_unknown(slot, RequestKind::Other);
+        // Whoever frees a cluster sees us from here on, or we see it unmapped: `begin_unknown` ends
+        // with the light fence that pairs with the heavy one of `lower_durable`.
+        let (host, _) = self.lookup_data(at, into.len() as u64)?;
+        in_flight.set_range(host.0, into.len() as u64);
+        let none = RequestFlags::empty();
+        Some(self.file.pread(co, graph, host.0, into.reborrow(), none))
+    }
+
+    /// The usual write: to one cluster that is there, whose entry is cached, and that nobody else
+    /// refers to. `None`: it is not, and nothing was done.
+    #[inline(always)]
+    fn write_in_place(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        at: GuestOffset,
+        data: IoVec<'_>,
+    ) -> Option<Result<()>> {
+        let slot = graph.slot();
+        let in_flight = self.in_flight.begin_unknown(slot, RequestKind::Other);
+        let (host, true) = self.lookup_data(at, data.len() as u64)? else {
+            return None;
+        };
+        in_flight.set_range(host.0, data.len() as u64);
+        if self.tables.may_contain(self.geometry.host_cluster(host)) {
+            return None;
+        }
+        let none = RequestFlags::empty();
+        Some(self.file.pwrite(co, graph, host.0, data, none))
+    }
+
+    #[inline(never)]
+    fn read_in_parts(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        mut at: GuestOffset,
+        mut buf: IoVecMut<'_>,
+    ) -> Result<()> {
+        loop {
+            let done = self.read_extent(co, graph, at, buf.reborrow())?;
+            if done == buf.len() {
+                return Ok(());
+            }
+            buf = buf.skip(done);
+            at.0 += done as u64;
+        }
+    }
+
+    #[inline(never)]
+    fn write_in_parts(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        mut at: GuestOffset,
+        mut data: IoVec<'_>,
+    ) -> Result<()> {
+        loop {
+            let done = self.write_extent(co, graph, at, data)?;
+            if done == data.len() {
+                return Ok(());
+            }
+            data = data.slice(done, data.len() - done);
+            at.0 += done as u64;
+        }
+    }
+
     /// Reads a first part of the range; returns how much.
     #[inline]
     fn read_extent(
@@ -93,8 +176,7 @@ impl Qcow2 {
             let in_flight = self
                 .in_flight
                 .begin_unknown(graph.slot(), RequestKind::Other);
-            // Whoever frees a cluster sees us from here on, or we see it unmapped: `begin_unknown`
-            // ends with the light fence that pairs with the heavy one of `lower_durable`.
+            // As in `read_in_place`.
             let Some(Extent { what, len }) = self.lookup(at, into.len() as u64)? else {
                 drop(in_flight);
                 self.load_l2(co, graph, at)?;
@@ -211,13 +293,10 @@ impl Driver for Qcow2 {
         _flags: RequestFlags,
     ) -> Result<()> {
         let _turn = self.turn(co);
-        let mut done = 0;
-        while done < buf.len() {
-            let rest = buf.len() - done;
-            let at = GuestOffset(offset + done as u64);
-            done += self.read_extent(co, graph, at, buf.slice(done, rest))?;
+        match self.read_in_place(co, graph, GuestOffset(offset), &mut buf) {
+            Some(done) => done,
+            None => self.read_in_parts(co, graph, GuestOffset(offset), buf),
         }
-        Ok(())
     }
 
     fn pwrite(
@@ -230,12 +309,10 @@ impl Driver for Qcow2 {
     ) -> Result<()> {
         let _turn = self.turn(co);
         self.check_intact()?;
-        let mut done = 0;
-        while done < buf.len() {
-            let at = GuestOffset(offset + done as u64);
-            done += self.write_extent(co, graph, at, buf.slice(done, buf.len() - done))?;
+        match self.write_in_place(co, graph, GuestOffset(offset), buf) {
+            Some(done) => done,
+            None => self.write_in_parts(co, graph, GuestOffset(offset), buf),
         }
-        Ok(())
     }
 
     fn pwrite_zeroes(

@@ -346,12 +346,18 @@ impl Qcow2 {
         !frees.unmapped.is_empty() || !frees.durable.is_empty()
     }
 
-    /// The table that `cluster` holds a part of, if any. Slow; asked only where the filter says
-    /// "perhaps".
+    /// The table that `cluster` holds a part of, if any.
+    #[inline(always)]
     pub(crate) fn table_at(&self, cluster: HostCluster) -> Option<&'static str> {
         if !self.tables.may_contain(cluster) {
             return None;
         }
+        self.search_table(cluster)
+    }
+
+    /// The same, slow; asked only where the filter says "perhaps".
+    #[cold]
+    fn search_table(&self, cluster: HostCluster) -> Option<&'static str> {
         let covers = |start: HostOffset, bytes: u64| {
             let first = self.geometry.host_cluster(start).0;
             (first..first + self.geometry.clusters(bytes).0).contains(&cluster.0)

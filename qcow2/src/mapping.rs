@@ -8,6 +8,9 @@
 //! suspend: between the lookup and the I/O that uses it nothing suspends, and the request stands in
 //! the table of requests in flight all the time (rule 9.2).
 
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Acquire;
+
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_block::types::in_memory;
 use coblock_block::{GraphRead, RequestFlags, Result};
@@ -43,11 +46,9 @@ pub(crate) enum Mapped {
 
 impl Qcow2 {
     /// The slice of an L2 table that maps `at`, and the index of its entry there.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn l2_place(&self, at: GuestOffset) -> (u64, usize) {
-        let entries = self.l2.slice_bytes() / 8;
-        let cluster = self.geometry.guest_cluster(at).0;
-        (cluster / entries, in_memory(cluster % entries))
+        self.l2.place(self.geometry.guest_cluster(at).0)
     }
 
     /// Slices of one L2 table.
@@ -55,12 +56,27 @@ impl Qcow2 {
         self.geometry.cluster_size() / self.l2.slice_bytes()
     }
 
+    /// The usual case of [`Qcow2::lookup`]: all of the range is data, in one cluster, and its entry
+    /// is cached. Where it begins, and whether it may be overwritten there.
+    #[inline(always)]
+    pub(crate) fn lookup_data(&self, at: GuestOffset, len: u64) -> Option<(HostOffset, bool)> {
+        let in_cluster = self.geometry.offset_in_cluster(at);
+        if len > self.geometry.cluster_size() - in_cluster {
+            return None;
+        }
+        let (slice, index) = self.l2_place(at);
+        let entry = self.l2.peek(slice, |words| words[index].load(Acquire))?;
+        match L2Entry::decode(u64::from_be(entry), at, self.geometry) {
+            Ok(L2Entry::Data { host, copied }) => Some((HostOffset(host.0 + in_cluster), copied)),
+            _ => None,
+        }
+    }
+
     /// Looks up to `len` bytes from `at` up without suspending. Nothing where the entry is not in
     /// the cache.
     ///
     /// # Errors
     /// A damaged entry.
-    #[inline]
     pub(crate) fn lookup(&self, at: GuestOffset, len: u64) -> Result<Option<Extent>> {
         let (slice, index) = self.l2_place(at);
         if let Some(extent) = self
@@ -88,14 +104,12 @@ impl Qcow2 {
     #[inline]
     fn extent(
         &self,
-        words: &[std::sync::atomic::AtomicU64],
+        words: &[AtomicU64],
         index: usize,
         at: GuestOffset,
         len: u64,
     ) -> Result<Extent> {
-        let entry = |nth: usize| {
-            u64::from_be(words[index + nth].load(std::sync::atomic::Ordering::Acquire))
-        };
+        let entry = |nth: usize| u64::from_be(words[index + nth].load(Acquire));
         let size = self.geometry.cluster_size();
         let in_cluster = self.geometry.offset_in_cluster(at);
         let first = self.mapped(entry(0), at)?;
