@@ -27,8 +27,8 @@ use super::rng::Rng;
 /// Random choices for each place.
 const CHOICES: u64 = 16;
 
-/// States whose contents are remembered.
-const REMEMBERED: usize = 1 << 10;
+/// Units of states whose contents are remembered.
+const REMEMBERED: usize = 1 << 20;
 
 /// Which states are judged by more than our own oracles.
 #[derive(Clone, Copy, Debug)]
@@ -96,9 +96,10 @@ struct Seen {
 
 impl Seen {
     fn remember(&mut self, digest: u64, units: Vec<Content>) {
+        let most = REMEMBERED / units.len().max(1);
         self.units.insert(digest, Rc::new(units));
         self.order.push_back(digest);
-        if self.order.len() > REMEMBERED
+        if self.order.len() > most
             && let Some(oldest) = self.order.pop_front()
         {
             self.units.remove(&oldest);
