@@ -2,6 +2,7 @@
 
 use crate::drain::{Collected, Parent, Section};
 use crate::error::Result;
+use crate::event::Event;
 use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget, Status};
 use crate::node::Node;
@@ -149,6 +150,14 @@ impl Child {
         flags: RequestFlags,
     ) -> Result<()> {
         self.node.pread(co, graph, offset, buf.into(), flags)
+    }
+
+    /// Tells the driver below that its parent comes to `event`. Nothing without the feature `events`.
+    #[inline]
+    pub fn event(&self, event: Event) {
+        if cfg!(feature = "events") {
+            self.node.driver().event(event);
+        }
     }
 
     /// Writes `buf` at `offset`. Suspends until the driver has taken the data; with

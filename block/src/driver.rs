@@ -5,6 +5,7 @@
 
 use crate::child::Child;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
 use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
@@ -56,6 +57,10 @@ pub trait Driver: Send + Sync + 'static {
         buf: IoVec<'_>,
         flags: RequestFlags,
     ) -> Result<()>;
+
+    /// The driver above comes to a named point of its work on this node. For tests; must neither
+    /// suspend nor send a request.
+    fn event(&self, _event: Event) {}
 
     /// Puts everything that completed before the call on stable storage. Suspends. One at a time
     /// per node.

@@ -83,6 +83,7 @@ impl Qcow2 {
             self.write_back(co, graph, true, Counts::MayLag)?;
         }
         self.lower_durable(co, graph, meta)?;
+        self.at(coblock_block::Event::ClusterAlloc);
         let (first, clusters) = self.find_free(co, graph, meta, want, exact)?;
         for nth in 0..clusters {
             let raised = self.change_refcount(co, graph, meta, HostCluster(first.0 + nth), true);
@@ -314,6 +315,7 @@ impl Qcow2 {
                 busy.push(freed);
                 continue;
             }
+            self.at(coblock_block::Event::ClusterFree);
             match self.change_refcount(co, graph, meta, freed.cluster, false) {
                 Ok(0) if freed.give_back => given_back.push(start),
                 Ok(_) => {}

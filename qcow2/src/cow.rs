@@ -391,6 +391,7 @@ impl Qcow2 {
             cow.tail.len
         };
         if head == 0 && tail == 0 {
+            self.at(coblock_block::Event::WriteAio);
             return self
                 .file
                 .pwrite(co, graph, run.start.0 + in_run, data, none);
@@ -399,6 +400,7 @@ impl Qcow2 {
         let mut after = buffer(in_memory(tail))?;
         self.read_edge(co, graph, cow.head.source, &mut before)?;
         self.read_edge(co, graph, cow.tail.source, &mut after)?;
+        self.at(coblock_block::Event::CowWrite);
         let mut all = Gather::new();
         all.push(&before[..]);
         all.push(data);
@@ -421,7 +423,10 @@ impl Qcow2 {
         match source {
             // The buffer was made of zeros.
             Source::Zeros => Ok(()),
-            Source::Host(at) => self.file.pread(co, graph, at.0, IoVecMut::from(into), none),
+            Source::Host(at) => {
+                self.at(coblock_block::Event::CowRead);
+                self.file.pread(co, graph, at.0, IoVecMut::from(into), none)
+            }
             Source::Compressed { host, len, skip } => {
                 let cluster = self.read_compressed(co, graph, host, len)?;
                 let skip = in_memory(skip);

@@ -65,7 +65,10 @@ impl Qcow2 {
         mut into: IoVecMut<'_>,
     ) -> Result<()> {
         match self.backing.get() {
-            Some(backing) => backing.pread(co, graph, at.0, into, RequestFlags::empty()),
+            Some(backing) => {
+                self.at(coblock_block::Event::ReadBackingAio);
+                backing.pread(co, graph, at.0, into, RequestFlags::empty())
+            }
             None => {
                 let len = into.len();
                 into.fill(0, len, 0);
@@ -186,6 +189,7 @@ impl Qcow2 {
             match what {
                 Mapped::Data { host, .. } => {
                     in_flight.set_range(host.0, len as u64);
+                    self.at(coblock_block::Event::ReadAio);
                     let into = into.slice(0, len);
                     self.file
                         .pread(co, graph, host.0, into, RequestFlags::empty())?;
@@ -216,6 +220,7 @@ impl Qcow2 {
     ) -> Result<AlignedBuf> {
         // The descriptor counts sectors; the file may end in the last one.
         let len = len.min(self.file.len(graph).saturating_sub(host.0));
+        self.at(coblock_block::Event::ReadCompressed);
         let mut packed = buffer(in_memory(len))?;
         let none = RequestFlags::empty();
         self.file
@@ -252,6 +257,7 @@ impl Qcow2 {
             {
                 in_flight.set_range(host.0, len);
                 self.check_no_table(co, graph, host, len)?;
+                self.at(coblock_block::Event::WriteAio);
                 let data = data.slice(0, in_memory(len));
                 self.file
                     .pwrite(co, graph, host.0, data, RequestFlags::empty())?;

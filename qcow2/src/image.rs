@@ -302,6 +302,12 @@ impl Qcow2 {
         }
     }
 
+    /// Comes to a named point; the next request to the file is what it is about. For tests.
+    #[inline]
+    pub(crate) fn at(&self, event: coblock_block::Event) {
+        self.file.event(event);
+    }
+
     /// The header as it was when the image was opened.
     #[must_use]
     pub fn header(&self) -> &Header {

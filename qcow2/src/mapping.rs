@@ -212,6 +212,11 @@ impl Qcow2 {
                 }
                 Reserved::Load(load) => {
                     let mut words = cache.take_buffer()?;
+                    self.at(if std::ptr::eq(cache, &raw const self.refcounts) {
+                        coblock_block::Event::RefblockLoad
+                    } else {
+                        coblock_block::Event::L2Load
+                    });
                     let into = IoVecMut::from(&mut words[..]);
                     self.file
                         .pread(co, graph, host.0, into, RequestFlags::empty())?;
@@ -294,6 +299,7 @@ impl Qcow2 {
         // so far.
         let len = if run.fresh { size.min(4096) } else { size };
         let zeros = buffer(in_memory(len))?;
+        self.at(coblock_block::Event::L2AllocWrite);
         let at = run.start.0 + size - len;
         self.file.pwrite(
             co,
@@ -315,6 +321,7 @@ impl Qcow2 {
     ) -> Result<()> {
         let mut table = buffer(self.geometry.cluster_len())?;
         let none = RequestFlags::empty();
+        self.at(coblock_block::Event::L2AllocCowRead);
         self.file
             .pread(co, graph, old.0, IoVecMut::from(&mut table[..]), none)?;
         let slices = self.slices_per_table();
@@ -324,6 +331,7 @@ impl Qcow2 {
         {
             self.l2.overlay(index * slices + nth as u64, bytes);
         }
+        self.at(coblock_block::Event::L2AllocWrite);
         self.file
             .pwrite(co, graph, new.0, IoVec::from(&table[..]), none)
     }

@@ -159,6 +159,7 @@ impl Qcow2 {
             first + count <= self.refcount_table.len(),
             "the table was grown before"
         );
+        self.at(coblock_block::Event::RefblockAlloc);
         // Whether or not the write succeeds, something may be in these clusters afterwards.
         meta.clusters_written(self.geometry.host_start(HostCluster(at.0 + count)));
         let used = if mutant!("a new refcount block does not count itself") {
@@ -166,6 +167,7 @@ impl Qcow2 {
         } else {
             count
         };
+        self.at(coblock_block::Event::RefblockAllocWrite);
         self.write_self_describing_blocks(co, graph, at, count, used)?;
         // The blocks are complete in the file before anything points to them: from here on nothing
         // can fail.
@@ -251,9 +253,11 @@ impl Qcow2 {
         let table_at = geometry.host_start(HostCluster(start.0 + blocks));
         let new_len = table_bytes / spec::TABLE_ENTRY_LEN;
 
+        self.at(coblock_block::Event::ReftableGrow);
         // Every block that the copy will name is complete in the file.
         self.write_back(co, graph, true, Counts::Written)?;
         meta.clusters_written(geometry.host_start(HostCluster(start.0 + used)));
+        self.at(coblock_block::Event::RefblockAllocWriteBlocks);
         self.write_self_describing_blocks(co, graph, start, blocks, used)?;
         let added: Vec<(u64, u64)> = (0..blocks)
             .map(|nth| {
@@ -268,6 +272,7 @@ impl Qcow2 {
             let at = in_memory(index * spec::TABLE_ENTRY_LEN);
             bytes[at..at + 8].copy_from_slice(&entry.to_be_bytes());
         }
+        self.at(coblock_block::Event::RefblockAllocWriteTable);
         self.file.pwrite(
             co,
             graph,
@@ -282,6 +287,7 @@ impl Qcow2 {
         let mut field = [0; 12];
         field[..8].copy_from_slice(&table_at.0.to_be_bytes());
         field[8..].copy_from_slice(&header_field(table_clusters).to_be_bytes());
+        self.at(coblock_block::Event::RefblockAllocSwitchTable);
         self.switch_header(co, graph, spec::HEADER_AT_REFCOUNT_TABLE, &field)?;
 
         let old_at = self.refcount_table.offset();

@@ -82,11 +82,13 @@ impl Qcow2 {
         if bytes > spec::L1_LEN_MAX {
             return Err(Error::L1TooLarge { bytes }.into());
         }
+        self.at(coblock_block::Event::L1GrowAllocTable);
         let run = self.allocate(co, graph, meta, geometry.clusters(bytes).0, true)?;
         // Every table that the copy will name is complete in the file, and the counts of the new
         // place are durable.
         self.write_back(co, graph, true, Counts::Written)?;
         let table = self.l1.to_bytes(entries);
+        self.at(coblock_block::Event::L1GrowWriteTable);
         let none = RequestFlags::empty();
         self.file
             .pwrite(co, graph, run.start.0, IoVec::from(&table[..]), none)?;
@@ -94,6 +96,7 @@ impl Qcow2 {
         let mut field = [0; 12];
         field[..4].copy_from_slice(&header_field(entries).to_be_bytes());
         field[4..].copy_from_slice(&run.start.0.to_be_bytes());
+        self.at(coblock_block::Event::L1GrowActivateTable);
         self.switch_header(co, graph, spec::HEADER_AT_L1_SIZE, &field)?;
         let old = self.l1.offset();
         self.l1.moved(run.start, entries, &[]);

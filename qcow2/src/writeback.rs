@@ -114,6 +114,10 @@ impl Qcow2 {
             self.write_slices(co, graph, &pass.l2)?;
             self.write_entries(co, graph, &pass.l1)?;
         }
+        self.at(coblock_block::Event::FlushToOs);
+        if !pass.refcounts.is_empty() {
+            self.at(coblock_block::Event::RefblockUpdatePart);
+        }
         self.write_slices(co, graph, &pass.refcounts)?;
         let points = !pass.refcount_table.is_empty() || !pass.l2.is_empty() || !pass.l1.is_empty();
         if points {
@@ -125,14 +129,22 @@ impl Qcow2 {
             }
         }
         if !pass.refcount_table.is_empty() {
+            self.at(coblock_block::Event::ReftableUpdate);
             self.write_entries(co, graph, &pass.refcount_table)?;
             if !mutant!("no flush after the refcount table") {
                 self.file.flush(co, graph)?;
             }
         }
+        if !pass.l2.is_empty() {
+            self.at(coblock_block::Event::L2Update);
+        }
         self.write_slices(co, graph, &pass.l2)?;
+        if !pass.l1.is_empty() {
+            self.at(coblock_block::Event::L1Update);
+        }
         self.write_entries(co, graph, &pass.l1)?;
         if durable && !mutant!("no flush at the end of a flush") {
+            self.at(coblock_block::Event::FlushToDisk);
             self.file.flush(co, graph)
         } else {
             Ok(())

@@ -19,6 +19,7 @@ pub use fault::{Fault, Hold, Match, Op};
 
 use crate::driver::{Driver, DriverStatus, OpenDriver, Place, Precision};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
 use crate::graph::GraphRead;
 use crate::open::Opening;
 use crate::types::{Limits, MAX_REQUEST, RequestFlags, bytes};
@@ -212,6 +213,10 @@ impl Driver for Sim {
             (false, len) => DriverStatus::zero(len),
         };
         Ok(status.placed(Place::Here(offset)))
+    }
+
+    fn event(&self, event: Event) {
+        self.disk.event(event);
     }
 
     fn flush(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<()> {

@@ -16,8 +16,10 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use coblock::block::ErrorKind;
+use std::collections::BTreeSet;
+
 use coblock::block::drivers::sim::{Counts, Fault, Match, Op as DiskOp};
+use coblock::block::{ErrorKind, Event};
 
 use super::judge::{Judge, Verdict};
 use super::load::OnError;
@@ -34,6 +36,10 @@ pub const PART: Part = Part {
               nothing hangs, nothing flushed is lost, the image is sound",
     run: |plan, report| run(plan, report),
 };
+
+/// How often each named point of a workload is one at which the file breaks; that the request itself
+/// fails comes anyway.
+const EVENT_TIMES: u64 = 3;
 
 /// How a request fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +61,8 @@ pub struct Failure {
     nth: u64,
     kind: Kind,
     from_then_on: bool,
+    /// Not the nth request of the kind, but the next one after this point is reached for the nth time.
+    event: Option<Event>,
 }
 
 /// Kinds of requests, how they may fail, and how often each is sent.
@@ -87,7 +95,10 @@ impl Kind {
 
 impl Failure {
     fn fault(self) -> Fault {
-        let what = Match::ops(&[self.op]);
+        let what = match self.event {
+            Some(_) => Match::ops(&[DiskOp::Read, DiskOp::Write, DiskOp::Flush]),
+            None => Match::ops(&[self.op]),
+        };
         let fault = match self.kind {
             Kind::Io => Fault::new(what, libc::EIO),
             Kind::NoSpace => Fault::new(what, libc::ENOSPC),
@@ -97,6 +108,10 @@ impl Failure {
             Kind::PutOff => Fault::new(what, libc::EAGAIN),
         };
         let fault = fault.after(self.nth);
+        let fault = match self.event {
+            Some(event) => fault.at(event),
+            None => fault,
+        };
         if self.from_then_on {
             fault.from_then_on()
         } else {
@@ -123,7 +138,7 @@ struct Watch {
 pub fn failures(script: &Script) -> Verdict<Vec<Failure>> {
     let played = play(script);
     let opened = Rc::new(Cell::new(Counts::default()));
-    let counts = {
+    let (counts, events) = {
         let opened = opened.clone();
         let again = play_with(script, move |stage, load| {
             opened.set(stage.disk.counts());
@@ -132,7 +147,7 @@ pub fn failures(script: &Script) -> Verdict<Vec<Failure>> {
         if again.log != played.log {
             return Err(format!("two runs differ\n{script}"));
         }
-        again.stage.disk.counts()
+        (again.stage.disk.counts(), again.stage.disk.events())
     };
     let since = opened.get();
     let counts = Counts {
@@ -151,9 +166,21 @@ pub fn failures(script: &Script) -> Verdict<Vec<Failure>> {
                         nth,
                         kind,
                         from_then_on,
+                        event: None,
                     });
                 }
             }
+        }
+    }
+    for (event, count) in events {
+        for nth in 0..count.min(EVENT_TIMES) {
+            all.push(Failure {
+                op: DiskOp::Status,
+                nth,
+                kind: Kind::Io,
+                from_then_on: false,
+                event: Some(event),
+            });
         }
     }
     Ok(all)
@@ -262,15 +289,32 @@ fn run(plan: &Plan, report: &mut Report) {
     let replay = |seed| format!("cargo xtask reliability --faults-of {seed}");
     items.extend((0..seeds).map(|seed| (replay(seed), workload(seed))));
     let mut runs = 0;
+    let mut events = BTreeSet::new();
     for ((replay, script), result) in items
         .iter()
         .zip(each(plan.jobs, &items, |(_, script)| judge_script(script)))
     {
         match result.and_then(|judged| judged) {
-            Ok(more) => runs += more,
+            Ok((more, reached)) => {
+                runs += more;
+                events.extend(reached);
+            }
             Err(why) => report.fail(replay, &format!("{why}\n{script}")),
         }
     }
+    let names = |reached: bool| {
+        let those = Event::ALL.iter().filter(|e| events.contains(e) == reached);
+        let names: Vec<&str> = those.map(|event| event.name()).collect();
+        names.join(", ")
+    };
+    report.say(format!(
+        "named points at which the file broke: {}",
+        names(true)
+    ));
+    report.say(format!(
+        "named points that no workload came to: {}",
+        names(false)
+    ));
     report.count(Figure::Runs, runs);
     report.say(format!(
         "{} workloads, {runs} runs in which one request to the file failed, or all from one on",
@@ -282,12 +326,13 @@ fn run(plan: &Plan, report: &mut Report) {
 ///
 /// # Errors
 /// The first that an oracle does not like.
-pub fn judge_script(script: &Script) -> Verdict<u64> {
+pub fn judge_script(script: &Script) -> Verdict<(u64, BTreeSet<Event>)> {
     let all = failures(script)?;
     let judge = Judge::default();
     for failure in &all {
         judge_failure(&judge, script, *failure).map_err(|why| format!("{failure:?}: {why}"))?;
     }
     judge.end();
-    Ok(all.len() as u64)
+    let events = all.iter().filter_map(|failure| failure.event).collect();
+    Ok((all.len() as u64, events))
 }

@@ -142,7 +142,7 @@ fn reliability(words: &[String]) -> Result<bool, String> {
                 let seed = value()?.parse();
                 let script = workload(seed.map_err(|e| format!("--faults-of: {e}"))?);
                 println!("{script}");
-                println!("{} runs", faults::judge_script(&script)?);
+                println!("{} runs", faults::judge_script(&script)?.0);
                 return Ok(true);
             }
             "--json" => json = Some(PathBuf::from(value()?)),

@@ -12,7 +12,9 @@
 use super::cut::PowerCuts;
 use super::fault::{Fails, Fault, Held, Match, Op};
 use super::pages::Pages;
+use crate::event::Event;
 use coblock_coroutine::{Co, ThreadLock};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -108,6 +110,8 @@ pub(super) struct State {
     counts: Counts,
     in_flight: usize,
     most_in_flight: usize,
+    /// How often the driver above came to each point.
+    events: BTreeMap<Event, u64>,
     /// Coroutines whose requests a fault has hit.
     hits: Vec<(u64, Op)>,
 }
@@ -252,6 +256,17 @@ impl SimDisk {
     /// From now on requests fail as `fault` says; earlier faults go first.
     pub fn fail(&self, fault: Fault) {
         self.state.lock().faults.push(fault);
+    }
+
+    /// How often the driver above came to each named point.
+    pub fn events(&self) -> BTreeMap<Event, u64> {
+        self.state.lock().events.clone()
+    }
+
+    pub(super) fn event(&self, event: Event) {
+        let mut state = self.state.lock();
+        *state.events.entry(event).or_default() += 1;
+        state.faults.iter_mut().for_each(|fault| fault.reach(event));
     }
 
     /// Coroutines whose requests faults have hit since the last call, by number, and what these

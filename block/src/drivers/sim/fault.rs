@@ -1,6 +1,7 @@
 //! Which requests of a simulated disk fail, and which wait.
 
 use super::disk::SimDisk;
+use crate::event::Event;
 use coblock_coroutine::{Co, ThreadLock, WakeHandle};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -103,6 +104,10 @@ pub struct Fault {
     /// So many fail then.
     times: u64,
     torn: u64,
+    /// Not the requests themselves are counted but how often this point is reached; the next request
+    /// that matches fails then.
+    event: Option<Event>,
+    armed: bool,
 }
 
 impl Fault {
@@ -123,6 +128,8 @@ impl Fault {
             skip: 0,
             times: 1,
             torn: 0,
+            event: None,
+            armed: false,
         }
     }
 
@@ -131,6 +138,35 @@ impl Fault {
     pub fn after(mut self, n: u64) -> Fault {
         self.skip = n;
         self
+    }
+
+    /// The next request that matches fails after the driver above came to `event`.
+    #[must_use]
+    pub fn at(mut self, event: Event) -> Fault {
+        self.event = Some(event);
+        self
+    }
+
+    /// The driver above has come to `event`.
+    pub(super) fn reach(&mut self, event: Event) {
+        if self.event == Some(event) {
+            self.armed |= self.count();
+        }
+    }
+
+    /// Is it the turn of this one?
+    fn count(&mut self) -> bool {
+        if self.skip > 0 {
+            self.skip -= 1;
+            return false;
+        }
+        if self.times == 0 {
+            return false;
+        }
+        if self.times != u64::MAX {
+            self.times -= 1;
+        }
+        true
     }
 
     /// `n` in a row fail.
@@ -158,18 +194,13 @@ impl Fault {
         if !self.what.matches(op, offset, len) {
             return None;
         }
-        if self.skip > 0 {
-            self.skip -= 1;
-            return None;
-        }
-        if self.times == 0 {
-            return None;
-        }
-        self.times = if self.times == u64::MAX {
-            u64::MAX
-        } else {
-            self.times - 1
+        let hits = match self.event {
+            Some(_) => std::mem::take(&mut self.armed),
+            None => self.count(),
         };
+        if !hits {
+            return None;
+        }
         Some((self.fails, self.torn))
     }
 }
