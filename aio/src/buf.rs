@@ -20,8 +20,10 @@
 //! byte is read at most once per call. Whoever needs a stable view copies first.
 
 mod aligned;
+mod words;
 
 pub use aligned::AlignedBuf;
+pub use words::AtomicWords;
 
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};

@@ -80,7 +80,7 @@ mod sync {
 }
 
 pub use bottom_half::BottomHalf;
-pub use buf::{AlignedBuf, Gather, IoVec, IoVecMut, RawSegment, Scatter, Segments};
+pub use buf::{AlignedBuf, AtomicWords, Gather, IoVec, IoVecMut, RawSegment, Scatter, Segments};
 pub use clock::{Clock, VirtualClock};
 pub use context::{AioContext, ContextOptions, EngineKind, Park, RingDelivery};
 pub use current::{current, current_id};

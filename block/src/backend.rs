@@ -15,7 +15,7 @@ use crate::io::Status;
 use crate::node::{Node, close_unused};
 use crate::request_table::{RequestKind, RequestTable, Tracked};
 use crate::throttle::ThrottleGroup;
-use crate::types::{RequestFlags, bytes};
+use crate::types::{Preallocation, RequestFlags, bytes};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use root::{Resuming, Root};
@@ -228,6 +228,18 @@ impl BlockBackend {
     pub fn truncate(&self, co: &Co, len: u64, exact: bool) -> Result<()> {
         self.other(co, RequestKind::Truncate, (0, 0), |graph| {
             self.node.truncate(co, graph, len, exact)
+        })
+    }
+
+    /// Makes the node `len` bytes long and takes the space for what is added at once, as
+    /// `preallocation` says; [`Preallocation::Off`] is a truncation to exactly this length.
+    ///
+    /// # Errors
+    /// As [`BlockBackend::truncate`]; `Invalid` where the node would become shorter, `NotSupported`
+    /// for a way that the driver does not have.
+    pub fn grow_preallocated(&self, co: &Co, len: u64, preallocation: Preallocation) -> Result<()> {
+        self.other(co, RequestKind::Truncate, (0, 0), |graph| {
+            self.node.grow_preallocated(co, graph, len, preallocation)
         })
     }
 

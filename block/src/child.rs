@@ -6,7 +6,7 @@ use crate::event::Event;
 use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget, Status};
 use crate::node::Node;
-use crate::types::{ChildRole, FileId, Limits, RequestFlags};
+use crate::types::{ChildRole, FileId, Limits, Preallocation, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::fmt;
@@ -268,6 +268,22 @@ impl Child {
         self.node.block_status(co, graph, (offset, len))
     }
 
+    /// Does the node below hold the first bytes of the range in its own layer, and of how many is
+    /// that true? Not of any past the end. Suspends.
+    ///
+    /// # Errors
+    /// What a driver returned.
+    pub fn is_allocated(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        offset: u64,
+        len: u64,
+    ) -> Result<(bool, u64)> {
+        let status = self.node.is_allocated(co, graph, (offset, len))?;
+        Ok((status.allocated, status.len))
+    }
+
     /// Is it known, without reading, that all of the range reads as zeros? Past the end it does.
     /// True at some time during the call.
     ///
@@ -317,6 +333,20 @@ impl Child {
     /// `Invalid`, `ReadOnly` (errno `EACCES`), `NotSupported`, else what the driver returned.
     pub fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
         self.node.truncate(co, graph, len, exact)
+    }
+
+    /// Makes the node `len` bytes long and takes the space for what is added at once. Suspends.
+    ///
+    /// # Errors
+    /// As [`Child::truncate`]; `Invalid` where the node would become shorter.
+    pub fn grow_preallocated(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        len: u64,
+        preallocation: Preallocation,
+    ) -> Result<()> {
+        self.node.grow_preallocated(co, graph, len, preallocation)
     }
 }
 

@@ -9,7 +9,7 @@ use crate::event::Event;
 use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
-use crate::types::{ChildRole, FileId, Limits, RequestFlags};
+use crate::types::{ChildRole, FileId, Limits, Preallocation, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::collections::BTreeMap;
@@ -207,6 +207,23 @@ pub trait Driver: Send + Sync + 'static {
     /// The last drained section of the node ended.
     fn drained_end(&self) {}
 
+    /// Makes the node `len` bytes long like [`Driver::truncate`], and takes the space for what is
+    /// added at once, as `preallocation` says. Suspends.
+    ///
+    /// # Errors
+    /// `NotSupported` for a way that the driver does not have; `Invalid` where the node would
+    /// become shorter; no space. The length is as before then.
+    fn grow_preallocated(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        len: u64,
+        preallocation: Preallocation,
+    ) -> Result<()> {
+        let _ = (co, graph, len);
+        Err(unsupported_preallocation(preallocation))
+    }
+
     /// The last call: nothing is in flight. Writes out what the driver holds. Suspends.
     ///
     /// # Errors
@@ -263,6 +280,23 @@ pub trait Driver: Send + Sync + 'static {
             format!("Driver '{}' does not support {what}", self.format()),
         )
     }
+}
+
+/// The error for a way to preallocate that a driver does not have.
+pub(crate) fn unsupported_preallocation(preallocation: Preallocation) -> Error {
+    let mode = preallocation.name();
+    Error::new(
+        ErrorKind::NotSupported,
+        format!("Unsupported preallocation mode: {mode}"),
+    )
+}
+
+/// The error of a file that would become shorter.
+pub(crate) fn shrinks_preallocated() -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        "Cannot use preallocation for shrinking files",
+    )
 }
 
 /// How much a question about block status may cost.
@@ -379,9 +413,13 @@ impl DriverRegistry {
         Self::default()
     }
 
-    /// With the drivers of this crate: `file`, `raw`, `null-co`, `sim` and `throttle`.
+    /// With the drivers of this crate: `copy-on-read`, `file`, `raw`, `null-co`, `sim` and `throttle`.
     pub fn with_builtin() -> Self {
         let mut registry = Self::new();
+        registry.register(
+            "copy-on-read",
+            Box::new(crate::drivers::copy_on_read::OpenCopyOnRead),
+        );
         registry.register("file", Box::new(crate::drivers::file::OpenFile));
         registry.register("raw", Box::new(crate::drivers::raw::OpenRaw));
         registry.register("null-co", Box::new(crate::drivers::null::OpenNull));

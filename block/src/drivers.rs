@@ -1,5 +1,6 @@
 //! The drivers of this crate.
 
+pub mod copy_on_read;
 pub mod file;
 pub mod null;
 pub mod raw;

@@ -65,5 +65,5 @@ pub use options::{Options, Value};
 pub use request_table::{InFlight, RequestKind, RequestTable, Tracked};
 pub use types::{
     ChildRole, FileId, Limits, MAX_ALIGNMENT, MAX_LENGTH, MAX_REQUEST, Perm, Permissions,
-    RequestFlags,
+    Preallocation, RequestFlags,
 };

@@ -29,6 +29,36 @@ bitflags! {
     }
 }
 
+/// What becomes of the space that a node gets when it is made longer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// It is taken when something is written there.
+    #[default]
+    Off,
+    /// A format has its tables ready for it; the file has holes there.
+    Metadata,
+    /// It is set aside by the file system.
+    Falloc,
+    /// Zeros are written to it.
+    Full,
+}
+
+impl Preallocation {
+    /// All of them, by the reference's words.
+    pub const NAMES: [(&str, Self); 4] = [
+        ("off", Self::Off),
+        ("metadata", Self::Metadata),
+        ("falloc", Self::Falloc),
+        ("full", Self::Full),
+    ];
+
+    /// The reference's word.
+    pub fn name(self) -> &'static str {
+        let named = Self::NAMES.iter().find(|(_, mode)| *mode == self);
+        named.map_or("?", |(name, _)| name)
+    }
+}
+
 bitflags! {
     /// What a user of a node does, or lets others do. Bit numbers are those of the lock bytes of
     /// image files.

@@ -34,7 +34,7 @@ pub(crate) struct Run {
 }
 
 /// Unmapped clusters that may wait for a flush of the user's; with more, the allocator flushes.
-const UNMAPPED_MAX: usize = 1 << 14;
+pub(crate) const UNMAPPED_MAX: usize = 1 << 14;
 
 /// Clusters that were unmapped and are not free yet.
 #[derive(Default)]
@@ -48,6 +48,8 @@ pub(crate) struct Frees {
 /// Why a cluster is freed, which decides whether its space goes back to the file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Discards {
+    /// The disk is shorter now, and the file will be.
+    Always,
     /// The guest said that it does not need it.
     Request,
     /// A table has moved.
@@ -248,6 +250,7 @@ impl Qcow2 {
     /// Does the space of clusters that are freed so go back?
     fn passes(&self, why: Discards) -> bool {
         match why {
+            Discards::Always => true,
             Discards::Request => self.pass_discard.request,
             Discards::Other => self.pass_discard.other,
             Discards::Never => false,

@@ -1,7 +1,7 @@
 //! The cache of metadata slices: lock-free to read, written back in order, bounded in bytes.
 //!
-//! L2 tables and refcount blocks are read and kept in *slices* of at most 4 KiB, as raw big-endian
-//! words.
+//! L2 tables and refcount blocks are read and kept in *slices*, of at most 4 KiB unless told
+//! otherwise, as raw big-endian words.
 //!
 //! ```text
 //!   directory, a word per slice       slots, never unmapped
@@ -19,21 +19,26 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64, fence};
 
-use coblock_aio::AlignedBuf;
+use coblock_aio::{AlignedBuf, AtomicWords};
 use coblock_block::Result;
 use coblock_block::types::in_memory;
 use coblock_coroutine::{Co, CoQueue, ThreadLock, mutant};
 
 use crate::image::buffer;
 use crate::lazy::LazyWords;
+use crate::spec;
 use crate::types::HostOffset;
 
-/// Most bytes in a slice: what a device reads at the price of one sector.
-pub(crate) const SLICE_BYTES_MAX: u64 = 4096;
+/// Bytes in a slice unless told otherwise: what a device reads at the price of one sector.
+pub(crate) const SLICE_BYTES_DEFAULT: u64 = 4096;
+/// Fewest bytes in a slice.
+pub(crate) const SLICE_BYTES_MIN: u64 = 512;
+/// Most bytes in a slice: the greatest cluster.
+const SLICE_BYTES_MAX: u64 = 1 << spec::CLUSTER_BITS_MAX;
 /// A cache must be able to hold what one request pins at the same time.
 pub(crate) const SLOTS_MIN: usize = 2;
-/// Most buffers kept for the next reads.
-const SPARE_MAX: usize = 64;
+/// Most bytes of buffers kept for the next reads.
+const SPARE_BYTES_MAX: usize = 256 << 10;
 /// Queues for those who wait for a slice that somebody else reads; slots share them.
 const LOAD_QUEUES: usize = 64;
 
@@ -52,11 +57,12 @@ pub(crate) struct SliceCache {
     room: CoQueue,
     misses: AtomicU64,
     evictions: AtomicU64,
+    cleaned: AtomicU64,
 }
 
 struct Slot {
     /// Allocated at first use, so that a large limit costs nothing on a small image.
-    words: OnceLock<Box<[AtomicU64]>>,
+    words: OnceLock<AtomicWords>,
     /// Set by a hit, cleared by the hand that looks for a victim.
     used: AtomicBool,
 }
@@ -123,7 +129,10 @@ pub(crate) struct Staged {
 impl SliceCache {
     /// A cache for slices of `slice_bytes` that never holds more than `limit_bytes` of them.
     pub fn new(slice_bytes: u64, limit_bytes: u64) -> Self {
-        assert!(slice_bytes.is_power_of_two() && (512..=SLICE_BYTES_MAX).contains(&slice_bytes));
+        assert!(
+            slice_bytes.is_power_of_two()
+                && (SLICE_BYTES_MIN..=SLICE_BYTES_MAX).contains(&slice_bytes)
+        );
         // A directory entry has 32 bits for the slot.
         let slots = in_memory((limit_bytes / slice_bytes).clamp(SLOTS_MIN as u64, 1 << 24));
         SliceCache {
@@ -140,13 +149,14 @@ impl SliceCache {
             room: CoQueue::new(),
             misses: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
+            cleaned: AtomicU64::new(0),
         }
     }
 
     /// Bytes of memory that the places of `words` words of L2 tables take in the directory, for
     /// clusters of this size.
     pub fn directory_memory(cluster_size: u64, words: u64) -> u64 {
-        LazyWords::places(words * 8 / cluster_size.min(SLICE_BYTES_MAX))
+        LazyWords::places(words * 8 / cluster_size.min(SLICE_BYTES_DEFAULT))
     }
 
     /// Bytes in a slice.
@@ -182,7 +192,7 @@ impl SliceCache {
     /// Keeps a buffer of [`SliceCache::take_buffer`] for the next one.
     pub fn give_buffer(&self, buffer: AlignedBuf) {
         let mut state = self.state.lock();
-        if state.spare.len() < SPARE_MAX {
+        if state.spare.len() * buffer.len() < SPARE_BYTES_MAX {
             state.spare.push(buffer);
         }
     }
@@ -195,6 +205,31 @@ impl SliceCache {
     /// Slices that gave way to another so far.
     pub fn evictions(&self) -> u64 {
         self.evictions.load(Relaxed)
+    }
+
+    /// Slices that gave their memory back because nobody used them.
+    pub fn cleaned(&self) -> u64 {
+        self.cleaned.load(Relaxed)
+    }
+
+    /// Gives up every slice that could be evicted and was not used since the last call; the others
+    /// count as unused from now on. Any thread.
+    pub fn clean_unused(&self) {
+        let mut state = self.state.lock();
+        for slot in 0..state.touched {
+            if !state.slots[slot].evictable() || self.slots[slot].used.swap(false, Relaxed) {
+                continue;
+            }
+            let Some(slice) = state.slots[slot].slice.take() else {
+                continue;
+            };
+            // Who looks at the words now will see that the slice is gone.
+            self.forget(slice);
+            if let Some(words) = self.slots[slot].words.get() {
+                words.give_back();
+            }
+            self.cleaned.fetch_add(1, Relaxed);
+        }
     }
 
     /// Calls `look` with the raw words of `slice` if it is cached, and returns its result if the
@@ -377,7 +412,7 @@ impl SliceCache {
                 // No table points here any more, so its reader will find it out of place.
                 continue;
             }
-            assert_eq!(its.pins, 0, "a freed table is in use");
+            // Somebody without the metadata mutex may be looking: the words stay while it does.
             its.slice = None;
             let was_dirty = std::mem::take(&mut its.dirty) && !its.writing;
             self.forget(slice);
@@ -461,7 +496,7 @@ impl<'a> Load<'a> {
         }
         let words = cache.slots[self.slot]
             .words
-            .get_or_init(|| (0..cache.words()).map(|_| AtomicU64::new(0)).collect());
+            .get_or_init(|| AtomicWords::new(cache.words()));
         for (word, raw) in words.iter().zip(bytes.chunks_exact(8)) {
             word.store(raw_word(raw), Relaxed);
         }
@@ -525,6 +560,7 @@ impl Pin<'_> {
         self.words()[index].store(value.to_be(), Release);
         let mut state = self.cache.state.lock();
         let its = &mut state.slots[self.slot];
+        assert!(its.slice.is_some(), "a freed table is changed");
         let newly = !its.dirty && !its.writing;
         if mutant!("a change while a slice is written is forgotten") && its.writing {
             return;

@@ -13,19 +13,7 @@ use crate::layout::{Layout, PIECE};
 use crate::spec;
 use crate::types::{Geometry, HostOffset, Version, index};
 
-/// Which clusters a new image has from the start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Preallocation {
-    /// None.
-    #[default]
-    Off,
-    /// All, as far as tables go; the file has holes there.
-    Metadata,
-    /// All, with storage for the data.
-    Falloc,
-    /// All, and zeros are written to the data.
-    Full,
-}
+pub use coblock_block::Preallocation;
 
 /// What a new image is to be like; [`CreateOptions::new`] has the reference's defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]

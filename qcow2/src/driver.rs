@@ -18,12 +18,13 @@ use coblock_aio::{AlignedBuf, IoVec, IoVecMut};
 use coblock_block::types::in_memory;
 use coblock_block::{
     Child, ChildRole, Copied, CopySource, CopyTarget, Driver, DriverStatus, GraphRead, Limits,
-    Precision, RequestFlags, RequestKind, Result,
+    Preallocation, Precision, RequestFlags, RequestKind, Result,
 };
 use coblock_coroutine::Co;
 
 use crate::compress::inflate;
 use crate::error::Error;
+use crate::header_bits::Found;
 use crate::image::{Qcow2, buffer};
 use crate::mapping::{Extent, Mapped};
 use crate::types::{GuestOffset, HostCluster, HostOffset};
@@ -43,7 +44,7 @@ impl Qcow2 {
         let first = self.geometry.host_cluster(host).0;
         let last = self.geometry.host_cluster(HostOffset(host.0 + len - 1)).0;
         for cluster in first..=last {
-            if let Some(table) = self.table_at(HostCluster(cluster)) {
+            if let Some(table) = self.protected_at(HostCluster(cluster)) {
                 let host = self.geometry.host_start(HostCluster(cluster));
                 return Err(self.signal_corruption(co, graph, Error::DataInTable { table, host }));
             }
@@ -139,7 +140,10 @@ impl Qcow2 {
         mut buf: IoVecMut<'_>,
     ) -> Result<()> {
         loop {
-            let done = self.read_extent(co, graph, at, buf.reborrow())?;
+            let done = match self.read_extent(co, graph, at, buf.reborrow()) {
+                Ok(done) => done,
+                Err(error) => return Err(self.notice(co, graph, error, Found::ByRead)),
+            };
             if done == buf.len() {
                 return Ok(());
             }
@@ -157,7 +161,10 @@ impl Qcow2 {
         mut data: IoVec<'_>,
     ) -> Result<()> {
         loop {
-            let done = self.write_extent(co, graph, at, data)?;
+            let done = match self.write_extent(co, graph, at, data) {
+                Ok(done) => done,
+                Err(error) => return Err(self.notice(co, graph, error, Found::ByWrite)),
+            };
             if done == data.len() {
                 return Ok(());
             }
@@ -331,6 +338,7 @@ impl Driver for Qcow2 {
     ) -> Result<()> {
         let _turn = self.turn(co);
         self.empty_clusters(co, graph, GuestOffset(offset), len, Empty::asked(flags))
+            .map_err(|error| self.notice(co, graph, error, Found::Otherwise))
     }
 
     fn pwrite_zeroes_within_block(
@@ -348,6 +356,7 @@ impl Driver for Qcow2 {
     fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
         let _turn = self.turn(co);
         self.empty_clusters(co, graph, GuestOffset(offset), len, Empty::Discard)
+            .map_err(|error| self.notice(co, graph, error, Found::Otherwise))
     }
 
     fn copy_range_from(
@@ -399,11 +408,23 @@ impl Driver for Qcow2 {
         }
         let _turn = self.turn(co);
         self.save(co, graph, Counts::MayLag)
+            .map_err(|error| self.notice(co, graph, error, Found::Otherwise))
     }
 
     fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, _exact: bool) -> Result<()> {
         let _turn = self.turn(co);
-        self.resize(co, graph, len)
+        self.resize(co, graph, len, Preallocation::Off)
+    }
+
+    fn grow_preallocated(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        len: u64,
+        preallocation: Preallocation,
+    ) -> Result<()> {
+        let _turn = self.turn(co);
+        self.resize(co, graph, len, preallocation)
     }
 
     fn attach(&self, role: ChildRole, child: Arc<Child>) -> Result<()> {
@@ -424,6 +445,9 @@ impl Driver for Qcow2 {
     }
 
     fn close(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        if let Some(cleaner) = &self.cleaner {
+            cleaner.stop();
+        }
         if self.read_only {
             return Ok(());
         }
@@ -440,7 +464,7 @@ impl Driver for Qcow2 {
 
 impl Qcow2 {
     /// Writes everything back durably, then lowers the counts of what that made free.
-    fn save(&self, co: &Co, graph: &GraphRead<'_>, counts: Counts) -> Result<()> {
+    pub(crate) fn save(&self, co: &Co, graph: &GraphRead<'_>, counts: Counts) -> Result<()> {
         self.write_back(co, graph, true, counts)?;
         if !self.frees.lock().durable.is_empty() {
             let mut meta = self.meta.lock(co);

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 
-use coblock_aio::{AlignedBuf, IoVec, IoVecMut};
+use coblock_aio::{AioContext, AlignedBuf, IoVec, IoVecMut};
 use coblock_block::types::in_memory;
 use coblock_block::{Child, GraphRead, RequestFlags, RequestTable, Result};
 use coblock_coroutine::{Co, CoMutex, CoMutexGuard, ThreadLock};
@@ -18,14 +18,16 @@ use coblock_coroutine::{Co, CoMutex, CoMutexGuard, ThreadLock};
 use crate::alloc::Frees;
 use crate::cache::SliceCache;
 use crate::check::rebuild_refcounts;
+use crate::cleaner::Cleaner;
 use crate::cow::PendingAllocation;
 use crate::error::Error;
-use crate::header::{Autoclear, Header, Incompatible};
+use crate::header::{Autoclear, Compatible, Header, Incompatible};
 use crate::header_bits::HeaderBits;
 use crate::image_file::ImageFile;
 use crate::memtable::MemTable;
-use crate::overlap::ClusterFilter;
+use crate::overlap::{ClusterFilter, SnapshotTables};
 use crate::spec;
+use crate::tuning::{OverlapCheck, PassDiscard, RequestMode, Tuning, slice_bytes};
 use crate::types::{Geometry, HostCluster, HostOffset, Version};
 
 /// An open qcow2 image.
@@ -40,9 +42,9 @@ pub struct Qcow2 {
     /// Attached after the image was opened, before the first request.
     pub(crate) backing: OnceLock<Arc<Child>>,
     pub(crate) l1: MemTable,
-    pub(crate) l2: SliceCache,
+    pub(crate) l2: Arc<SliceCache>,
     pub(crate) refcount_table: MemTable,
-    pub(crate) refcounts: SliceCache,
+    pub(crate) refcounts: Arc<SliceCache>,
     /// The metadata mutex of rule 2.6. A lookup that hits the cache does not take it.
     pub(crate) meta: CoMutex<Meta>,
     /// Serial mode of rule 2.6: whoever holds it is the one request; `None` in mutex mode.
@@ -60,6 +62,11 @@ pub struct Qcow2 {
     /// Counts may stay in memory until the image is closed, or their cache is full of changes.
     pub(crate) lazy_refcounts: bool,
     pub(crate) pass_discard: PassDiscard,
+    pub(crate) overlap_check: OverlapCheck,
+    /// Tables of snapshots, which stay where they are while the image is open.
+    pub(crate) snapshot_tables: SnapshotTables,
+    /// Gives the memory of unused slices back.
+    pub(crate) cleaner: Option<Arc<Cleaner>>,
     pub(crate) header_bits: CoMutex<HeaderBits>,
     /// The corrupt bit is set, or would be if the image were writable: said once.
     pub(crate) corrupt: AtomicBool,
@@ -103,6 +110,8 @@ pub struct Qcow2Stats {
     pub refcount_misses: u64,
     /// Slices of refcount blocks that gave way to others.
     pub refcount_evictions: u64,
+    /// Slices of either that gave their memory back because nobody used them.
+    pub slices_cleaned: u64,
     /// How often the metadata mutex was taken.
     pub metadata_locks: u64,
     /// Writes that waited for another write's allocation.
@@ -111,90 +120,6 @@ pub struct Qcow2Stats {
     pub refcount_blocks_added: u64,
     /// How often the L1 or the refcount table moved to a greater place.
     pub tables_grown: u64,
-}
-
-/// How requests of one image share it (rule 2.6). Both modes give the same images.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RequestMode {
-    /// Metadata is changed by one request at a time, data I/O is parallel.
-    #[default]
-    Mutex,
-    /// One request at a time, strictly first in first out: what the conversion of 2011 began with,
-    /// to compare with.
-    Serial,
-}
-
-/// Sizes of the caches, in bytes.
-#[derive(Clone, Copy, Debug)]
-pub struct CacheSizes {
-    /// For L2 tables.
-    pub l2: u64,
-    /// For refcount blocks.
-    pub refcounts: u64,
-}
-
-/// What the options of a node choose, beyond its files.
-#[derive(Clone, Copy, Debug)]
-pub struct Tuning {
-    /// How large the caches are.
-    pub caches: CacheSizes,
-    /// How requests share the image.
-    pub mode: RequestMode,
-    /// Refcounts may be behind the file's mappings while the image is open, and the dirty bit says
-    /// so. Version 3 only.
-    pub lazy_refcounts: bool,
-    /// Which freed clusters give their space back.
-    pub pass_discard: PassDiscard,
-    /// Bytes of memory that the image may ask for while new refcounts are made for a dirty one.
-    pub memory_limit: u64,
-}
-
-/// Which freed clusters give their space back to the file system.
-#[derive(Clone, Copy, Debug)]
-pub struct PassDiscard {
-    /// Those that a discard freed, or zeroes that may unmap.
-    pub request: bool,
-    /// Those of tables that moved.
-    pub other: bool,
-}
-
-/// Most bytes for L2 slices unless told otherwise: maps 256 GiB in clusters of 64 KiB.
-pub const L2_CACHE_DEFAULT_MAX: u64 = 32 << 20;
-/// Fewest bytes for L2 slices unless told otherwise: a small disk may grow, and unused slots cost
-/// nothing.
-pub const L2_CACHE_DEFAULT_MIN: u64 = 1 << 20;
-/// Bytes for refcount slices unless told otherwise: counts 8 GiB in clusters of 64 KiB at a time,
-/// which suits an allocator that goes from low to high.
-pub const REFCOUNT_CACHE_DEFAULT: u64 = 256 << 10;
-
-impl CacheSizes {
-    /// What an image of this geometry gets unless told otherwise: enough for all L2 tables, up to a
-    /// limit.
-    #[must_use]
-    pub fn default_for(geometry: Geometry) -> Self {
-        let tables = geometry.virtual_size().div_ceil(geometry.cluster_size()) * 8;
-        CacheSizes {
-            l2: tables.clamp(L2_CACHE_DEFAULT_MIN, L2_CACHE_DEFAULT_MAX),
-            refcounts: REFCOUNT_CACHE_DEFAULT,
-        }
-    }
-
-    /// The smallest caches that an image of this geometry works with.
-    #[must_use]
-    pub fn smallest_for(geometry: Geometry) -> Self {
-        let least = SLICES_MIN * slice_bytes(geometry);
-        CacheSizes {
-            l2: least,
-            refcounts: least,
-        }
-    }
-}
-
-/// Fewest slices of a cache.
-const SLICES_MIN: u64 = crate::cache::SLOTS_MIN as u64;
-
-fn slice_bytes(geometry: Geometry) -> u64 {
-    geometry.cluster_size().min(crate::cache::SLICE_BYTES_MAX)
 }
 
 const _: () = {
@@ -206,13 +131,15 @@ impl Qcow2 {
     /// Opens the image in `file`, whose header was read. A backing file comes by
     /// [`attach`](coblock_block::Driver::attach).
     ///
-    /// Suspends. With `read_only` nothing is ever written.
+    /// Suspends. With `read_only` nothing is ever written. `context` runs the timer of
+    /// [`Tuning::clean_interval`], until the image is closed.
     ///
     /// # Errors
     /// I/O, a damaged header or table, a feature that we do not serve, an image that needs repair
     /// before it is written.
     pub fn open(
         co: &Co,
+        context: &Arc<AioContext>,
         graph: &GraphRead<'_>,
         file: Arc<Child>,
         mut header: Header,
@@ -237,6 +164,13 @@ impl Qcow2 {
         let refcount_table =
             read_table(co, graph, &file, header.refcount_table_offset, table_bytes)?;
         let tables = table_filter(geometry, &header, &l1, &refcount_table);
+        let snapshot_tables = if read_only {
+            SnapshotTables::default()
+        } else {
+            let image = ImageFile::new(co, graph, &file).with_memory_limit(tuning.memory_limit);
+            SnapshotTables::read(&image, &header, tuning.overlap_check)?
+        };
+        snapshot_tables.enter(&tables);
 
         if !read_only && geometry.version() == Version::V3 && !header.autoclear.is_empty() {
             // Bits of features that we do not keep up to date. (Hazards O15, Q20.)
@@ -251,13 +185,18 @@ impl Qcow2 {
             )?;
             file.flush(co, graph)?;
         }
+        let l2 = Arc::new(SliceCache::new(tuning.caches.l2_entry, tuning.caches.l2));
         let slice = slice_bytes(geometry);
+        let refcounts = Arc::new(SliceCache::new(slice, tuning.caches.refcounts));
+        let caches = [l2.clone(), refcounts.clone()];
+        let cleaner = Cleaner::start(context, caches, tuning.clean_interval);
+        let from_header = header.compatible.contains(Compatible::LAZY_REFCOUNTS);
         Ok(Qcow2 {
             geometry,
             size: AtomicU64::new(geometry.virtual_size()),
             read_only,
-            l2: SliceCache::new(slice, tuning.caches.l2),
-            refcounts: SliceCache::new(slice, tuning.caches.refcounts),
+            l2,
+            refcounts,
             meta: CoMutex::new(Meta {
                 cursor: 0,
                 fresh_from: file.len(graph).next_multiple_of(geometry.cluster_size()),
@@ -269,8 +208,11 @@ impl Qcow2 {
             in_flight: RequestTable::new(),
             tables,
             stopped: OnceLock::new(),
-            lazy_refcounts: tuning.lazy_refcounts,
+            lazy_refcounts: tuning.lazy_refcounts.unwrap_or(from_header),
             pass_discard: tuning.pass_discard,
+            overlap_check: tuning.overlap_check,
+            snapshot_tables,
+            cleaner,
             header_bits: CoMutex::new(HeaderBits::new(header.incompatible)),
             corrupt: AtomicBool::new(header.incompatible.contains(Incompatible::CORRUPT)),
             counters: Counters::default(),
@@ -322,6 +264,7 @@ impl Qcow2 {
             l2_evictions: self.l2.evictions(),
             refcount_misses: self.refcounts.misses(),
             refcount_evictions: self.refcounts.evictions(),
+            slices_cleaned: self.l2.cleaned() + self.refcounts.cleaned(),
             metadata_locks: self.meta.lock_count(),
             dependency_waits: self.counters.dependency_waits.load(Relaxed),
             refcount_blocks_added: self.counters.refcount_blocks_added.load(Relaxed),
@@ -388,8 +331,14 @@ impl Qcow2 {
         {
             Some("refcount block")
         } else {
-            None
+            self.snapshot_tables.at(cluster)
         }
+    }
+
+    /// The same, of the tables that the user wants to be looked after.
+    pub(crate) fn protected_at(&self, cluster: HostCluster) -> Option<&'static str> {
+        let class = |table: &&str| self.overlap_check.contains(OverlapCheck::of(table));
+        self.table_at(cluster).filter(class)
     }
 }
 

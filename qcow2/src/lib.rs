@@ -28,7 +28,7 @@
 //! | [`image_file`] | the file below, for operations on whole images |
 //! | [`mod@format`] | opening an image |
 //! | `driver` | what it does for its node: read, write, flush |
-//! | `resize` | changing the size of the disk |
+//! | `resize`, `shrink` | changing the size of the disk |
 //! | `copy` | copies by the host, from and to an image |
 //! | `cow`, `zero` | writes, zeroes and discards that change the mapping |
 //! | `status` | what the bytes of the guest's disk are, without reading them |
@@ -38,8 +38,9 @@
 //! | `mapping` | from guest offset to host offset |
 //! | `compress` | inflating a compressed cluster |
 //! | [`image`] | an open image: its tables, caches, counters |
-//! | `cache`, `memtable`, `lazy`, `overlap` | tables in memory |
+//! | `cache`, `cleaner`, `memtable`, `lazy`, `overlap` | tables in memory |
 //! | [`budget`] | how much memory an image may ask for |
+//! | `tuning` | what the options of a node choose |
 //! | [`header`], [`extension`], [`feature`] | the first cluster |
 //! | [`entry`], [`width`] | entries of L1, L2 and refcount tables; refcounts of 1 to 64 bits |
 //! | [`types`] | offsets, clusters, [`types::Geometry`] |
@@ -54,6 +55,7 @@ pub mod bitmap;
 pub mod budget;
 mod cache;
 pub mod check;
+mod cleaner;
 mod compress;
 mod copy;
 mod cow;
@@ -77,9 +79,11 @@ mod memtable;
 mod overlap;
 mod refcount;
 mod resize;
+mod shrink;
 pub mod snapshot;
 pub mod spec;
 mod status;
+mod tuning;
 pub mod types;
 pub mod width;
 mod writeback;
@@ -88,4 +92,6 @@ mod zero;
 pub use budget::{Budget, MEMORY_LIMIT_DEFAULT};
 pub use error::{Error, Result};
 pub use format::OpenQcow2;
-pub use image::{CacheSizes, PassDiscard, Qcow2, Qcow2Stats, RequestMode, Tuning};
+pub use header_bits::EVENTS;
+pub use image::{Qcow2, Qcow2Stats};
+pub use tuning::{CacheSizes, OverlapCheck, PassDiscard, RequestMode, Tuning};

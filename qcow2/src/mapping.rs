@@ -203,7 +203,7 @@ impl Qcow2 {
                 Reserved::Again => {}
                 Reserved::NeedsWriteBack => {
                     // The cache that is full must get room.
-                    let counts = if std::ptr::eq(cache, &raw const self.refcounts) {
+                    let counts = if std::ptr::eq(cache, &raw const *self.refcounts) {
                         Counts::Written
                     } else {
                         Counts::MayLag
@@ -212,7 +212,7 @@ impl Qcow2 {
                 }
                 Reserved::Load(load) => {
                     let mut words = cache.take_buffer()?;
-                    self.at(if std::ptr::eq(cache, &raw const self.refcounts) {
+                    self.at(if std::ptr::eq(cache, &raw const *self.refcounts) {
                         coblock_block::Event::RefblockLoad
                     } else {
                         coblock_block::Event::L2Load
@@ -261,6 +261,11 @@ impl Qcow2 {
             L1Entry { host, .. } => host,
         };
         let run = self.allocate(co, graph, meta, 1, true)?;
+        if self.lazy_refcounts {
+            // Only counts of data stay behind, as in the reference: whoever looks at a dirty image
+            // finds its tables counted.
+            self.write_back(co, graph, false, Counts::Written)?;
+        }
         // The new table is complete in the file before an entry can lead there. (Hazard O5.)
         let filled = match old {
             None if mutant!("a new table is published before it is written") => Ok(()),

@@ -3,14 +3,23 @@
 //! A damaged image can lead guest data over tables, and a bug of ours could hand out a table's
 //! cluster. The answer costs one load for almost every write: a filter of hashed bits knows every
 //! cluster that ever held a table. Only where its bits are set, the tables themselves are searched.
-//! (Hazard O14; the reference searches them for every write.)
+//! (Hazard O14; the reference searches them for every write.) Which structures are looked after is
+//! the reference's option `overlap-check`. The allocator never hands out a cluster that holds a
+//! table, whatever that says.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
+use coblock_block::ErrorKind;
 use coblock_block::types::in_memory;
 
-use crate::types::HostCluster;
+use crate::fields::be64;
+use crate::header::Header;
+use crate::image_file::ImageFile;
+use crate::snapshot::SnapshotTable;
+use crate::spec;
+use crate::tuning::OverlapCheck;
+use crate::types::{HostCluster, HostOffset};
 
 /// Bits per table at the time the image is opened. With three of one word for each table, a
 /// hundredth of the lookups of a full filter go on to the search; the search takes the longer the
@@ -69,6 +78,117 @@ impl ClusterFilter {
     pub fn may_contain(&self, cluster: HostCluster) -> bool {
         let (word, bits) = self.place(cluster);
         self.words[word].load(Relaxed) & bits == bits
+    }
+}
+
+/// Where the tables of snapshots lie. No operation here changes them.
+#[derive(Default)]
+pub(crate) struct SnapshotTables {
+    /// First cluster, clusters, and what they hold; sorted.
+    ranges: Vec<(u64, u64, &'static str)>,
+    /// The longest of them, in clusters.
+    longest: u64,
+}
+
+impl SnapshotTables {
+    /// Finds the tables that `wanted` names. Suspends.
+    ///
+    /// # Errors
+    /// I/O; L1 tables that are too much for the budget, if their L2 tables are wanted. A snapshot
+    /// table or a snapshot that is damaged or too large is left out: it is an error of who uses it.
+    pub fn read(
+        file: &ImageFile<'_>,
+        header: &Header,
+        wanted: OverlapCheck,
+    ) -> coblock_block::Result<Self> {
+        let mut found = SnapshotTables::default();
+        let own = [
+            OverlapCheck::SNAPSHOT_TABLE,
+            OverlapCheck::INACTIVE_L1,
+            OverlapCheck::INACTIVE_L2,
+        ];
+        if header.snapshots == 0 || !own.into_iter().any(|class| wanted.contains(class)) {
+            return Ok(found);
+        }
+        let geometry = header.geometry;
+        let mut add = |at: HostOffset, len: u64, what| {
+            let clusters = geometry.clusters(len).get();
+            found
+                .ranges
+                .push((geometry.host_cluster(at).get(), clusters, what));
+            found.longest = found.longest.max(clusters);
+        };
+        let mut budget = file.budget_beside(header)?;
+        let table = match SnapshotTable::read(file, header, &mut budget) {
+            Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::LimitExceeded) => {
+                log::warn!("tables of snapshots are not protected from writes: {error}");
+                return Ok(found);
+            }
+            table => table?,
+        };
+        add(header.snapshots_offset, table.len, "snapshot table");
+        for (index, snapshot) in (0..).zip(&table.snapshots) {
+            let Ok(()) = snapshot.check_l1(index, geometry) else {
+                continue;
+            };
+            let len = u64::from(snapshot.l1_entries) * spec::TABLE_ENTRY_LEN;
+            add(snapshot.l1_offset, len, "L1 table of a snapshot");
+            if wanted.contains(OverlapCheck::INACTIVE_L2) {
+                // Its bytes, and a range of ours for each entry.
+                let need = len.saturating_mul(5);
+                budget.take("bytes of memory for the snapshot table", need)?;
+                let mut l1 = vec![0; in_memory(len)];
+                file.read(snapshot.l1_offset.get(), &mut l1)?;
+                for raw in l1.chunks_exact(8) {
+                    let host = be64(raw, 0) & spec::ENTRY_OFFSET_MASK;
+                    if host != 0 {
+                        add(
+                            HostOffset(host),
+                            geometry.cluster_size(),
+                            "L2 table of a snapshot",
+                        );
+                    }
+                }
+            }
+        }
+        found.ranges.sort_unstable();
+        found.ranges.dedup();
+        Ok(found)
+    }
+
+    /// Makes `filter` know them.
+    pub fn enter(&self, filter: &ClusterFilter) {
+        for &(first, clusters, _) in &self.ranges {
+            (first..first + clusters).for_each(|cluster| filter.insert(HostCluster(cluster)));
+        }
+    }
+
+    /// What `cluster` holds a part of.
+    pub fn at(&self, cluster: HostCluster) -> Option<&'static str> {
+        let from = cluster.0.saturating_sub(self.longest);
+        let start = self.ranges.partition_point(|(first, ..)| *first < from);
+        self.ranges[start..]
+            .iter()
+            .take_while(|(first, ..)| *first <= cluster.0)
+            .find(|(first, clusters, _)| cluster.0 - first < *clusters)
+            .map(|(.., what)| *what)
+    }
+}
+
+impl OverlapCheck {
+    /// The structure that a table of this name belongs to.
+    pub(crate) fn of(table: &str) -> Self {
+        match table {
+            "image header" => Self::MAIN_HEADER,
+            "active L1 table" => Self::ACTIVE_L1,
+            "refcount table" => Self::REFCOUNT_TABLE,
+            "L2 table" => Self::ACTIVE_L2,
+            "refcount block" => Self::REFCOUNT_BLOCK,
+            "snapshot table" => Self::SNAPSHOT_TABLE,
+            "L1 table of a snapshot" => Self::INACTIVE_L1,
+            "L2 table of a snapshot" => Self::INACTIVE_L2,
+            other => unreachable!("a table called {other}"),
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod events;
 mod explain;
 #[cfg(test)]
 mod fuzz;
@@ -33,6 +34,7 @@ use output::Output;
 
 fn main() -> ExitCode {
     coblock::coroutine::install_overflow_handler();
+    events::show();
     // A write past the limit of a file's size is an error like others, not the end of the program.
     // A signal that cannot be watched leaves the program as it was.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());

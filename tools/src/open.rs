@@ -91,6 +91,10 @@ impl Session {
         })?;
         let graph = Graph::new(home.context());
         let mut registry = DriverRegistry::new();
+        registry.register(
+            "copy-on-read",
+            Box::new(drivers::copy_on_read::OpenCopyOnRead),
+        );
         registry.register("file", Box::new(drivers::file::OpenFile));
         registry.register("null-co", Box::new(drivers::null::OpenNull));
         registry.register("raw", Box::new(drivers::raw::OpenRaw));

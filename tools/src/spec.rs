@@ -197,6 +197,7 @@ impl ImageSpec {
         if probed {
             keys.set("driver", probe_file(&keys, ""));
         }
+        complete_files(&mut keys);
         complete_backing(&mut keys);
         Ok(Self {
             shown: shown.to_owned(),
@@ -290,19 +291,33 @@ fn probe_file(keys: &Pairs, prefix: &str) -> &'static str {
     path.map_or("raw", |path| probe(Path::new(path)))
 }
 
+/// Nodes below the file of the one at the top, as below a filter: as [`complete_backing`].
+fn complete_files(keys: &mut Pairs) {
+    let mut prefix = "file.".to_owned();
+    while keys.any_under(&format!("{prefix}file.")) {
+        complete_file(keys, &prefix);
+        prefix.push_str("file.");
+    }
+}
+
 /// Backing files that are given by options: a file name without a driver is a file's, and its
 /// format is guessed.
 fn complete_backing(keys: &mut Pairs) {
     let mut prefix = "backing.".to_owned();
     while keys.any_under(&format!("{prefix}file.")) {
-        let key = |name: &str| format!("{prefix}{name}");
-        if keys.get(&key("file.driver")).is_none() && keys.get(&key("file.filename")).is_some() {
-            keys.set(&key("file.driver"), "file");
-        }
-        if keys.get(&key("driver")).is_none() {
-            keys.set(&key("driver"), probe_file(keys, &prefix));
-        }
+        complete_file(keys, &prefix);
         prefix.push_str("backing.");
+    }
+}
+
+/// What a node whose options begin with `prefix` does not say of its file and itself.
+fn complete_file(keys: &mut Pairs, prefix: &str) {
+    let key = |name: &str| format!("{prefix}{name}");
+    if keys.get(&key("file.driver")).is_none() && keys.get(&key("file.filename")).is_some() {
+        keys.set(&key("file.driver"), "file");
+    }
+    if keys.get(&key("driver")).is_none() {
+        keys.set(&key("driver"), probe_file(keys, prefix));
     }
 }
 

@@ -470,7 +470,11 @@ fn deliberate_differences() {
         ("bench -c 1 ext", 1, "extended L2 entries are not supported"),
         ("--trace file=x info base", 1, "there are no trace events"),
         ("--version", 0, "qemu-img version 10.0.2 (coblock "),
-        ("--help", 0, "Supported formats: file null-co qcow2 raw"),
+        (
+            "--help",
+            0,
+            "Supported formats: copy-on-read file null-co qcow2 raw",
+        ),
     ] {
         let ours = programs.ours(line);
         assert_eq!(ours.status, Some(status), "{line}: {ours}");

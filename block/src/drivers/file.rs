@@ -14,16 +14,20 @@ mod locks;
 mod probe;
 mod queue;
 
-use crate::driver::{Driver, DriverStatus, OpenDriver, Place, Precision};
+use crate::driver::{
+    Driver, DriverStatus, OpenDriver, Place, Precision, shrinks_preallocated,
+    unsupported_preallocation,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::types::{
-    FileId, Limits, MAX_ALIGNMENT, MAX_REQUEST, RequestFlags, align_down, bytes, in_memory,
+    FileId, Limits, MAX_ALIGNMENT, MAX_REQUEST, Preallocation, RequestFlags, align_down, align_up,
+    bytes, in_memory,
 };
 use ahead::Ahead;
-use coblock_aio::{IoVec, IoVecMut, Medium};
+use coblock_aio::{AlignedBuf, IoVec, IoVecMut, Medium};
 use coblock_coroutine::Co;
 use probe::{Alignment, Found};
 use rustix::fs::OFlags;
@@ -36,6 +40,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Bytes that one call of the host copies: it holds a thread of the pool meanwhile.
 const COPY_MAX: u64 = 16 << 20;
+
+/// Bytes of zeros that are written at once to space that is to be taken.
+const ZEROS_AT_ONCE: u64 = 1 << 20;
 
 /// Registered as `file`.
 #[derive(Debug)]
@@ -198,6 +205,29 @@ impl HostFile {
         Error::from_io(what, error)
             .at_offset(offset)
             .at_file(&self.filename)
+    }
+
+    /// Writes zeros past the end, from `from` to `to`; whole blocks only, where requests must be
+    /// aligned: of the blocks at both ends the file system sets the rest aside.
+    fn write_zeros(&self, co: &Co, from: u64, to: u64) -> io::Result<()> {
+        let Alignment { request, memory } = self.alignment;
+        let piece = ZEROS_AT_ONCE.max(request);
+        let no_memory = || io::Error::from(io::ErrorKind::OutOfMemory);
+        let zeros = AlignedBuf::try_new(in_memory(piece), memory).map_err(|_| no_memory())?;
+        let (mut at, end) = (
+            align_up(from, request).unwrap_or(to),
+            align_down(to, request),
+        );
+        while at < end {
+            let part = (end - at).min(piece);
+            let source = IoVec::from(&zeros[..in_memory(part)]);
+            coblock_aio::co::write_to(co, self.file.as_fd(), self.medium, at, source)?;
+            at += part;
+        }
+        if request == 1 {
+            return Ok(());
+        }
+        coblock_aio::co::allocate(co, self.file.as_fd(), from, to - from, false)
     }
 
     #[inline]
@@ -375,6 +405,45 @@ impl Driver for HostFile {
         coblock_aio::co::on_pool(co, || self.file.set_len(len))
             .map_err(|error| self.failed("Could not resize file", len, error))?;
         self.ahead.was_resized(co, len);
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
+    fn grow_preallocated(
+        &self,
+        co: &Co,
+        _graph: &GraphRead<'_>,
+        len: u64,
+        preallocation: Preallocation,
+    ) -> Result<()> {
+        if self.found.is_block_device {
+            let mode = preallocation.name();
+            let message =
+                format!("Preallocation mode '{mode}' unsupported for this non-regular file");
+            return Err(Error::new(ErrorKind::NotSupported, message));
+        }
+        let now = self.len();
+        if len < now {
+            return Err(shrinks_preallocated());
+        }
+        let taken = match preallocation {
+            Preallocation::Off => Ok(()),
+            Preallocation::Metadata => return Err(unsupported_preallocation(preallocation)),
+            Preallocation::Falloc => {
+                coblock_aio::co::allocate(co, self.file.as_fd(), now, len - now, false)
+            }
+            Preallocation::Full => self.write_zeros(co, now, len),
+        };
+        let resized = coblock_aio::co::on_pool(co, || {
+            let end = if taken.is_ok() { len } else { now };
+            self.file.set_len(end)
+        });
+        self.ahead
+            .was_resized(co, if taken.is_ok() { len } else { now });
+        taken.map_err(|error| {
+            self.failed("Could not preallocate data for the new file", now, error)
+        })?;
+        resized.map_err(|error| self.failed("Could not resize file", len, error))?;
         self.len.store(len, Ordering::Release);
         Ok(())
     }

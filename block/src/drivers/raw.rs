@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{GraphCell, GraphRead};
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
-use crate::types::{ChildRole, Limits, RequestFlags};
+use crate::types::{ChildRole, Limits, Preallocation, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::sync::Arc;
@@ -72,6 +72,34 @@ impl Raw {
     #[inline]
     fn below(&self, offset: u64) -> u64 {
         self.offset.saturating_add(offset)
+    }
+
+    /// Lets `change` make the child as long as this node of `len` bytes needs it.
+    fn resize(
+        &self,
+        graph: &GraphRead<'_>,
+        len: u64,
+        change: impl FnOnce(&Child, u64) -> Result<()>,
+    ) -> Result<()> {
+        if self.fixed {
+            return Err(Error::new(
+                ErrorKind::NotSupported,
+                "Cannot resize fixed-size raw disks",
+            ));
+        }
+        let file = self.file.get(graph);
+        let Some(below) = self.offset.checked_add(len) else {
+            return Err(Error::new(
+                ErrorKind::LimitExceeded,
+                "Disk size too large for the chosen offset",
+            ));
+        };
+        let result = change(file, below);
+        self.len.store(
+            file.len(graph).saturating_sub(self.offset),
+            Ordering::Release,
+        );
+        result
     }
 }
 
@@ -171,25 +199,21 @@ impl Driver for Raw {
     }
 
     fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
-        if self.fixed {
-            return Err(Error::new(
-                ErrorKind::NotSupported,
-                "Cannot resize fixed-size raw disks",
-            ));
-        }
-        let file = self.file.get(graph);
-        let Some(below) = self.offset.checked_add(len) else {
-            return Err(Error::new(
-                ErrorKind::LimitExceeded,
-                "Disk size too large for the chosen offset",
-            ));
-        };
-        let result = file.truncate(co, graph, below, exact);
-        self.len.store(
-            file.len(graph).saturating_sub(self.offset),
-            Ordering::Release,
-        );
-        result
+        self.resize(graph, len, |file, below| {
+            file.truncate(co, graph, below, exact)
+        })
+    }
+
+    fn grow_preallocated(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        len: u64,
+        preallocation: Preallocation,
+    ) -> Result<()> {
+        self.resize(graph, len, |file, below| {
+            file.grow_preallocated(co, graph, below, preallocation)
+        })
     }
 
     fn len(&self) -> u64 {

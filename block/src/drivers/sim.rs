@@ -17,12 +17,15 @@ pub use cut::PowerCuts;
 pub use disk::{Counts, Keep, LogEntry, SECTOR, SimDisk};
 pub use fault::{Fault, Hold, Match, Op};
 
-use crate::driver::{Driver, DriverStatus, OpenDriver, Place, Precision};
+use crate::driver::{
+    Driver, DriverStatus, OpenDriver, Place, Precision, shrinks_preallocated,
+    unsupported_preallocation,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::graph::GraphRead;
 use crate::open::Opening;
-use crate::types::{Limits, MAX_REQUEST, RequestFlags, bytes};
+use crate::types::{Limits, MAX_REQUEST, Preallocation, RequestFlags, bytes};
 use coblock_aio::transfer::{Next, finish_read, finish_write};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
@@ -224,6 +227,23 @@ impl Driver for Sim {
     }
 
     fn truncate(&self, co: &Co, _graph: &GraphRead<'_>, len: u64, _exact: bool) -> Result<()> {
+        self.perform(co, "resize", len, Action::Resize)
+    }
+
+    /// Memory has no space to set aside: all ways but that of formats are the same.
+    fn grow_preallocated(
+        &self,
+        co: &Co,
+        _graph: &GraphRead<'_>,
+        len: u64,
+        preallocation: Preallocation,
+    ) -> Result<()> {
+        if preallocation == Preallocation::Metadata {
+            return Err(unsupported_preallocation(preallocation));
+        }
+        if len < self.disk.len() {
+            return Err(shrinks_preallocated());
+        }
         self.perform(co, "resize", len, Action::Resize)
     }
 

@@ -4,7 +4,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphRead;
 use crate::node::Node;
 use crate::request_table::RequestKind;
-use crate::types::{MAX_LENGTH, RequestFlags};
+use crate::types::{MAX_LENGTH, Preallocation, RequestFlags};
 use coblock_coroutine::Co;
 use std::sync::atomic::Ordering;
 
@@ -17,11 +17,46 @@ impl Node {
         len: u64,
         exact: bool,
     ) -> Result<()> {
-        let resize = || self.truncate_inner(co, graph, len, exact);
+        self.resize(co, graph, len, || {
+            self.driver.truncate(co, graph, len, exact)
+        })
+    }
+
+    /// See [`Child::grow_preallocated`](crate::Child::grow_preallocated).
+    pub(crate) fn grow_preallocated(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        len: u64,
+        preallocation: Preallocation,
+    ) -> Result<()> {
+        if preallocation == Preallocation::Off {
+            return self.truncate(co, graph, len, true);
+        }
+        self.resize(co, graph, len, || {
+            self.driver.grow_preallocated(co, graph, len, preallocation)
+        })
+    }
+
+    /// Checks, waits for all requests, and lets the driver change the length.
+    fn resize(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        len: u64,
+        change: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let resize = || self.resize_inner(co, graph, len, change);
         self.trace(co, "resize", (len, 0), resize)
     }
 
-    fn truncate_inner(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
+    fn resize_inner(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        len: u64,
+        change: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         // A range without end: it meets whatever is on the part that comes or goes.
         let request = self
             .requests
@@ -44,7 +79,7 @@ impl Node {
         }
         self.admit(co, &request, RequestFlags::SERIALISING, (0, u64::MAX))?;
 
-        let result = self.driver.truncate(co, graph, len, exact);
+        let result = change();
         // After a failure as well: it may have happened in part.
         self.mark_unflushed();
         self.len.store(self.driver.len(), Ordering::Release);

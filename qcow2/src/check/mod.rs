@@ -20,6 +20,7 @@
 
 mod bitmaps;
 mod compare;
+mod copied;
 mod counts;
 mod disk_refcounts;
 mod finding;

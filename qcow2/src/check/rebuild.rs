@@ -11,9 +11,11 @@
 //!        |         not counted any more: free                          ^
 //!        +--------- 12 bytes, written and flushed last ----------------+
 //! ```
+//! Then copied flags that contradict the new counts are corrected, and the dirty bit goes last.
 
 use coblock_block::Result;
 
+use super::copied::correct_copied_flags;
 use super::{Event, Finding, Severity, State, check};
 use crate::error::Error;
 use crate::header::{Header, Incompatible};
@@ -35,8 +37,20 @@ const STEP: u64 = 4096;
 pub fn rebuild_refcounts(file: &ImageFile<'_>, header: &mut Header) -> Result<u64> {
     let used = count_and_write(file, header)?;
     let mut worst = None;
-    let report = check(file, header, &mut |event| remember(&mut worst, &event))?;
-    if report.corruptions > 0 || report.check_errors > 0 {
+    let mut flags = false;
+    check(file, header, &mut |event| {
+        if is_about_flags(&event) {
+            flags = true;
+        } else {
+            remember(&mut worst, &event);
+        }
+    })?;
+    if worst.is_none() && flags {
+        let corrected = correct_copied_flags(file, header)?;
+        log::warn!("{corrected} copied flags contradicted the new counts");
+        check(file, header, &mut |event| remember(&mut worst, &event))?;
+    }
+    if worst.is_some() {
         return Err(damaged(worst));
     }
     header.incompatible.remove(Incompatible::DIRTY);
@@ -48,13 +62,11 @@ pub fn rebuild_refcounts(file: &ImageFile<'_>, header: &mut Header) -> Result<u6
 
 fn count_and_write(file: &ImageFile<'_>, header: &mut Header) -> Result<u64> {
     let mut worst = None;
-    let mut event = |event: Event<'_>| match event {
-        // Compared with the refcounts that are replaced.
-        Event::Finding {
-            finding: Finding::L1Copied { .. } | Finding::L2Copied { .. },
-            ..
-        } => {}
-        event => remember(&mut worst, &event),
+    let mut event = |event: Event<'_>| {
+        // Flags were compared with the refcounts that are replaced.
+        if !is_about_flags(&event) {
+            remember(&mut worst, &event);
+        }
     };
     let mut state = State::new(file, header, &mut event)?;
     let snapshots = SnapshotTable::read(file, header, &mut state.budget)?;
@@ -174,6 +186,13 @@ impl Plan {
     fn clusters(&self) -> u64 {
         self.blocks.len() as u64 + self.table_clusters
     }
+}
+
+/// Does it say that a copied flag contradicts a refcount?
+fn is_about_flags(event: &Event<'_>) -> bool {
+    let flags =
+        |finding: &Finding| matches!(finding, Finding::L1Copied { .. } | Finding::L2Copied { .. });
+    matches!(event, Event::Finding { finding, .. } if flags(finding))
 }
 
 /// Keeps the first finding that is more than a leak.

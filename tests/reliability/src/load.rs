@@ -423,11 +423,11 @@ fn request(co: &Co, backend: &BlockBackend, load: &Shared, op: Op) -> Result<(),
             load.written(id, copied)
         }
         Op::Grow { len } => {
-            match backend.truncate(co, len, true) {
-                // Somebody else has made it longer.
-                Err(_) if backend.len() > len => Ok(()),
-                grown => Ok(grown?),
+            // Where somebody else has made it longer, it is to stay so.
+            if backend.len() < len {
+                backend.truncate(co, len, true)?;
             }
+            Ok(())
         }
         Op::Flush => {
             let began = shared.borrow_mut().history.begin_flush();

@@ -140,6 +140,8 @@ pub fn image(disk: &Arc<SimDisk>) -> Options {
     Options::new()
         .with("driver", "qcow2")
         .with("discard", "unmap")
+        // The clock jumps to the next timer: with one that never ends, a hang would go unseen.
+        .with("cache-clean-interval", "0")
         .with("file.driver", "sim")
         .with_object("file.disk", disk.clone())
 }

@@ -473,6 +473,7 @@ fn counted(now: Qcow2Stats, before: Qcow2Stats) -> Qcow2Stats {
         l2_evictions: now.l2_evictions - before.l2_evictions,
         refcount_misses: now.refcount_misses - before.refcount_misses,
         refcount_evictions: now.refcount_evictions - before.refcount_evictions,
+        slices_cleaned: now.slices_cleaned - before.slices_cleaned,
         metadata_locks: now.metadata_locks - before.metadata_locks,
         dependency_waits: now.dependency_waits - before.dependency_waits,
         refcount_blocks_added: now.refcount_blocks_added - before.refcount_blocks_added,

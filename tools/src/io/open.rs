@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 
 use coblock::aio::co;
-use coblock::block::{self, AioRequest, BlockBackend};
+use coblock::block::{self, AioRequest, BlockBackend, Options};
 
 use super::Shell;
 use super::args::SECTOR;
@@ -34,7 +34,7 @@ enum Aio {
 pub(super) struct OpenWith {
     pub(super) read_only: bool,
     pub(super) snapshot: bool,
-    copy_on_read: bool,
+    pub(super) copy_on_read: bool,
     force_share: bool,
     pub(super) cache: Cache,
     aio: Option<Aio>,
@@ -278,8 +278,8 @@ impl Shell<'_> {
 
     /// Opens an image.
     pub(super) fn make_image(&self, name: Option<&OsStr>, with: OpenWith) -> Result<Image, String> {
-        if with.copy_on_read {
-            return Err("copy-on-read is not supported".into());
+        if with.copy_on_read && with.read_only {
+            return Err("Can't use copy-on-read on read-only device".into());
         }
         let naming = Naming {
             image_opts: self.image_opts,
@@ -301,9 +301,9 @@ impl Shell<'_> {
             alone: false,
         };
         let opened = if with.snapshot {
-            open_snapshot(&session, spec, access)
+            open_snapshot(&session, spec, access, with.copy_on_read)
         } else {
-            let opened = session.home.run(|co| session.open(co, &spec, access));
+            let opened = open_spec(&session, &spec, access, with.copy_on_read);
             opened
                 .map(|backend| (spec, backend, None))
                 .map_err(|error| explain(&error))
@@ -358,6 +358,27 @@ impl Shell<'_> {
     }
 }
 
+/// Opens an image, below a filter that copies on read if it is wanted.
+fn open_spec(
+    session: &Session,
+    spec: &ImageSpec,
+    access: Access,
+    copy_on_read: bool,
+) -> block::Result<BlockBackend> {
+    session.home.run(|co| {
+        if !copy_on_read {
+            return session.open(co, spec, access);
+        }
+        // What reaches the image is for its own node to decide.
+        let mut options = Options::new()
+            .with("driver", "copy-on-read")
+            .with("discard", "unmap");
+        options.nest("file", spec.options(access));
+        let node = session.open_node(co, options)?;
+        Ok(BlockBackend::new(&session.graph, node))
+    })
+}
+
 /// What was opened: the image that requests go to, and the file of a temporary one.
 type Opened = (ImageSpec, BlockBackend, Option<File>);
 
@@ -366,6 +387,7 @@ fn open_snapshot(
     session: &Session,
     mut below: ImageSpec,
     access: Access,
+    copy_on_read: bool,
 ) -> Result<Opened, String> {
     let read = Access {
         write: false,
@@ -397,8 +419,7 @@ fn open_snapshot(
         cache: Cache::Unsafe,
         ..access
     };
-    let opened = session.home.run(|co| session.open(co, &top, access));
-    opened
+    open_spec(session, &top, access, copy_on_read)
         .map(|backend| (top, backend, Some(file)))
         .map_err(|error| explain(&error))
 }

@@ -1,6 +1,6 @@
 //! `alloc`, `map`, `length`, `info`, `truncate`: what an image is, and how long.
 
-use coblock::block::{self, BlockBackend};
+use coblock::block::{self, BlockBackend, Preallocation};
 use coblock::qcow2::image_file::ImageFile;
 use coblock::qcow2::info::Info as Qcow2Info;
 
@@ -163,14 +163,15 @@ const TRUNCATE: &[Opt<u8>] = &[Opt::value(b'm', Some(b'm'), None)];
 
 /// `truncate`
 pub(super) fn truncate(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failure> {
-    let mut mode = "off".to_owned();
+    let mut mode = Preallocation::Off;
     let letters = Letters::new(call, TRUNCATE, |_, value| {
-        if !["off", "metadata", "falloc", "full"].contains(&value) {
+        let named = Preallocation::NAMES.iter().find(|(name, _)| *name == value);
+        let Some((_, named)) = named else {
             return Err(Failure::Error(format!(
                 "Invalid preallocation mode '{value}'"
             )));
-        }
-        value.clone_into(&mut mode);
+        };
+        mode = *named;
         Ok(())
     })?;
     // What an error repeats is the first word, options moved to the front, as the reference has it.
@@ -181,16 +182,11 @@ pub(super) fn truncate(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Fai
     let operand = letters.operands.first();
     let shown = first.or(operand).map_or("", String::as_str);
     let len = args::bytes_shown(operand.map_or("", String::as_str), shown)?;
-    if mode != "off" {
-        return Err(Failure::Error(format!(
-            "Unsupported preallocation mode: {mode}"
-        )));
-    }
     let image = shell.image();
     let backend = &image.backend;
-    let result = image
-        .session
-        .home
-        .run(|co| backend.truncate(co, len, false));
+    let result = image.session.home.run(|co| match mode {
+        Preallocation::Off => backend.truncate(co, len, false),
+        mode => backend.grow_preallocated(co, len, mode),
+    });
     result.map_err(|error| Failure::Error(explain_briefly(&error)))
 }

@@ -144,6 +144,10 @@ fn now(image: &Image, key: &str) -> Option<String> {
     session.home.run(|co| {
         let graph = session.graph.read(co);
         let mut node = image.backend.node();
+        if image.with.copy_on_read {
+            // The filter is not one of the user's nodes.
+            node = node.children(&graph).first()?.node(&graph);
+        }
         let mut parts = key.split('.').peekable();
         while let Some(part) = parts.next() {
             if parts.peek().is_none() {
