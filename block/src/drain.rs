@@ -460,7 +460,18 @@ impl<'a> Watch<'a> {
 
     /// Who is looked at now; all of them are announced.
     fn look(&mut self) -> Vec<Arc<dyn Busy>> {
-        let now = self.target.scope.collect().list;
+        let mut now = self.target.scope.collect();
+        if self.announced.list.is_empty() {
+            // The first look: all are new.
+            for busy in &now.list {
+                busy.table().watch();
+            }
+            self.announced.list.clone_from(&now.list);
+            self.announced.seen = std::mem::take(&mut now.seen);
+            heavy_fence();
+            return now.list;
+        }
+        let now = now.list;
         let before = self.announced.list.len();
         for busy in &now {
             if self.announced.seen.insert(Arc::as_ptr(busy).addr()) {
@@ -480,6 +491,9 @@ impl<'a> Watch<'a> {
         for busy in self.look() {
             let table = busy.table();
             let others = || busy.is_busy_otherwise() || self.has_operations(&*busy);
+            if table.is_idle() && !others() {
+                continue;
+            }
             if let Some(ticket) = table.list_if_busy(&wake, others) {
                 self.listed = Some((busy, ticket));
                 return true;

@@ -608,6 +608,12 @@ impl RequestTable {
         self.waiters.leave();
     }
 
+    /// Is nothing in flight? Asked after a heavy fence by who holds new requests back: then it stays
+    /// so.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.live().next().is_none()
+    }
+
     /// Is anything in flight, or busy otherwise? Then `wake` is listed, to be called when something
     /// ends, and the ticket returned. `otherwise` is asked without a lock, after being listed: so
     /// a [`RequestTable::kick`] that comes after it is not lost.
