@@ -30,12 +30,12 @@ const CHOICES: u64 = 16;
 /// Units of states whose contents are remembered.
 const REMEMBERED: usize = 1 << 20;
 
-/// Which states are judged by more than our own oracles.
+/// Which states are judged by more than our own oracles: those whose digest is a multiple.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
-    /// Every so many states the reference checks one.
+    /// About one in so many states is checked by the reference.
     pub reference: u64,
-    /// Every so many states one is written to from end to end.
+    /// About one in so many states is written to from end to end.
     pub goes_on: u64,
     /// Most states at one place, drawn from all; 0: all of them.
     pub per_place: usize,
@@ -148,13 +148,13 @@ pub fn cut_at(
                 .after_power_cut(&played.stage, &played.history, at, &left)
                 .map_err(story)?;
             seen.remember(digest, units);
-            if counted.states.is_multiple_of(sample.reference) && peer::present("power cuts") {
+            if digest.is_multiple_of(sample.reference) && peer::present("power cuts") {
                 judge
                     .reference_agrees(&played.stage, &left, folder.path())
                     .map_err(story)?;
                 counted.reference += 1;
             }
-            if counted.states.is_multiple_of(sample.goes_on) {
+            if digest.is_multiple_of(sample.goes_on) {
                 judge.goes_on(&played.stage, &left).map_err(story)?;
             }
         }

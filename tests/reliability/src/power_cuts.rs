@@ -20,11 +20,10 @@ pub const PART: Part = Part {
     run: |plan, report| run(plan, report),
 };
 
-/// One in a hundred states is checked by the reference at first; a process each is slow, so larger
-/// runs sample less.
+/// One in a hundred states is checked by the reference.
 const SAMPLE: Sample = Sample {
-    reference: 1009,
-    goes_on: 101,
+    reference: 101,
+    goes_on: 97,
     per_place: 0,
 };
 
