@@ -23,6 +23,7 @@ Usage: cargo xtask TASK
   sim [OPTIONS]    one simulated seed with its trace, or many; without options: which there are
   graph [--all]    who uses whom, crate by crate (--all: dependencies from outside too)
   bench [OPTIONS]  ours beside qemu-img bench, other implementations and the floor; --help lists the options
+  fuzz [OPTIONS]   --target T --executions N --seed S: inputs that a seed breaks; all targets without T
   mutants [WORDS]  every mistake that the product can be told to make must be caught; WORDS: part of its name
   counts [OPTIONS] instructions per operation against docs/counts.json; --help lists the options
   sanitize [asan|valgrind] [--short]  tests of the coroutine library under AddressSanitizer and valgrind
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         Some("bench") => bench::run(&rest),
         Some("reliability") => reliability::run(&rest),
         Some("sim") => reliability::sim(&rest),
+        Some("fuzz") => reliability::fuzz(&rest),
         Some("mutants") => mutants::run(&rest),
         Some("counts") => counts::run(&rest),
         Some("sanitize") => sanitize::run(&rest),

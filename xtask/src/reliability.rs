@@ -29,6 +29,13 @@ pub fn sim(words: &[String]) -> Outcome {
     machine(&all)
 }
 
+/// Gives fuzz targets inputs.
+pub fn fuzz(words: &[String]) -> Outcome {
+    let mut all = vec!["fuzz".to_string()];
+    all.extend(words.iter().cloned());
+    machine(&all)
+}
+
 fn machine(words: &[String]) -> Outcome {
     let status = Command::new("cargo")
         .args(["run", "--quiet", "--profile", "reliability"])

@@ -328,12 +328,12 @@ fn header(image: &mut [u8], map: &Map, rng: &mut Rng) -> String {
         get32(image, at).into()
     };
     let value = match rng.below(6) {
-        0 => old + 1,
+        0 => old.wrapping_add(1),
         1 => old.wrapping_sub(1),
         2 => old ^ (1 << rng.below(8 * width as u64)),
         3 => offset(map, rng),
         4 => rng.below(20),
-        _ => old * 2,
+        _ => old.wrapping_mul(2),
     };
     match (at, width) {
         // Version 2 or 3; whatever else is refused by everybody.

@@ -4,6 +4,8 @@
 //! | module | what |
 //! |---|---|
 //! | [`parts`], [`run`] | what the program runs, and how it prints figures and writes them down |
+//! | [`fuzz`], [`targets`] | inputs that a seed breaks, and what they are given to |
+//! | [`kills`] | processes that are killed while they write |
 //! | [`mutants`], [`hunters`] | mistakes in the product, and who must notice them |
 //! | [`part`], [`parallel`] | a part and its figures; work items on all cores |
 //! | [`play`] | a script on a simulated disk, from the empty image to the closed one |
@@ -34,9 +36,11 @@ pub mod crash;
 pub mod exhaustive;
 pub mod faults;
 pub mod files;
+pub mod fuzz;
 pub mod hunters;
 pub mod image;
 pub mod judge;
+pub mod kills;
 pub mod load;
 pub mod model;
 pub mod mutants;
@@ -55,3 +59,16 @@ pub mod session;
 pub mod sim;
 pub mod soundness;
 pub mod swarm;
+pub mod targets;
+
+// Pure files of the program, whose parsers are fuzzed here too.
+#[path = "../../../tools/src/image_opts.rs"]
+#[allow(dead_code, reason = "the program uses all of it")]
+mod image_opts;
+#[path = "../../../tools/src/json.rs"]
+#[allow(dead_code, reason = "the program uses all of it")]
+mod json;
+
+// The mutator that knows the format.
+#[path = "../../../qcow2/tests/support/mod.rs"]
+mod images;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use coblock_reliability::part::{Plan, Scale};
 use coblock_reliability::power_cuts::{judge_script, workload};
 use coblock_reliability::script::Script;
-use coblock_reliability::{faults, mutants, parts, run, seeds};
+use coblock_reliability::{faults, fuzz, kills, mutants, parts, run, seeds};
 
 const USAGE: &str = "\
 Usage: cargo xtask reliability [OPTIONS]
@@ -37,6 +37,8 @@ fn main() -> ExitCode {
     let outcome = match words.first().map(String::as_str) {
         Some("sim") => simulate(&words[1..]),
         Some("run") => reliability(&words[1..]),
+        Some("fuzz") => fuzz::run(&words[1..]),
+        Some("victim") => kills::victim(&words[1..]),
         Some("mutants") => mutants::run(words.get(1).map_or("", String::as_str)),
         Some("mutant") => mutants::child(words.get(1).map_or("", String::as_str)).map(|()| true),
         _ => Err(USAGE.to_string()),
