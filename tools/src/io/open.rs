@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use coblock::aio::co;
 use coblock::block::{self, AioRequest, BlockBackend, Options};
+use coblock::qcow2;
 
 use super::Shell;
 use super::args::SECTOR;
 use super::commands::{Call, Failure};
-use crate::explain::explain;
+use crate::explain::{explain, qcow2_error};
 use crate::getopt::{Getopt, Opt};
 use crate::image_opts::Pairs;
 use crate::img::make_overlay;
@@ -348,6 +349,8 @@ impl Shell<'_> {
         self.results.print(self.out);
         match closed {
             Ok(()) => true,
+            // The request that found it told of it.
+            Err(error) if is_about_corruption(&error) => false,
             Err(error) => {
                 let why = explain(&error);
                 self.out
@@ -377,6 +380,14 @@ fn open_spec(
         let node = session.open_node(co, options)?;
         Ok(BlockBackend::new(&session.graph, node))
     })
+}
+
+/// Is it because the image was marked as corrupt that nothing more is written?
+fn is_about_corruption(error: &block::Error) -> bool {
+    matches!(
+        qcow2_error(error),
+        Some(qcow2::Error::Stopped { why }) if why.starts_with("the image is corrupt")
+    )
 }
 
 /// What was opened: the image that requests go to, and the file of a temporary one.
