@@ -136,9 +136,12 @@ fn cached_requests_allocate_nothing() {
             let before = COUNT.get();
             rounds(&session, &state, 320, write);
             let allocated = COUNT.get() - before;
-            assert_eq!(
-                allocated, 0,
-                "allocations in 10240 cached requests, write {write}, direct {direct}"
+            // Buffered writes go to a thread of the pool (decision 35); starting one allocates, and
+            // it may come to that two or three times, when one is asked for before the last rests.
+            let allowed = if write && !direct { 40 } else { 0 };
+            assert!(
+                allocated <= allowed,
+                "{allocated} allocations in 10240 cached requests, write {write}, direct {direct}"
             );
         }
         let state = Rc::into_inner(state).expect("every request has ended");

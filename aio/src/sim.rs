@@ -220,7 +220,7 @@ impl WorkPool for VirtualPool {
         context.timers.arm_once(at_ns, move || {
             let next = queue.lock().pop_front();
             if let Some(work) = next {
-                work();
+                work.run();
             }
         });
         // From another thread the loop must look at its timers anew.

@@ -20,8 +20,58 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// Work for a pool.
-pub type Job = Box<dyn FnOnce() + Send>;
+/// Work for a pool: to be run once, or dropped.
+pub struct Job(Option<Kind>);
+
+enum Kind {
+    Once(Box<dyn FnOnce() + Send>),
+    Lasting(Arc<dyn Lasting>),
+}
+
+/// Work that exists before and after it is submitted, so that submitting allocates nothing.
+pub(crate) trait Lasting: Send + Sync {
+    fn run(&self);
+    /// The pool dropped the job.
+    fn dropped(&self);
+}
+
+impl Job {
+    /// A job that runs `work`.
+    pub fn new(work: impl FnOnce() + Send + 'static) -> Self {
+        Job(Some(Kind::Once(Box::new(work))))
+    }
+
+    pub(crate) fn boxed(work: Box<dyn FnOnce() + Send>) -> Self {
+        Job(Some(Kind::Once(work)))
+    }
+
+    pub(crate) fn lasting(work: Arc<dyn Lasting>) -> Self {
+        Job(Some(Kind::Lasting(work)))
+    }
+
+    /// Does the work, on the calling thread.
+    pub fn run(mut self) {
+        match self.0.take() {
+            Some(Kind::Once(work)) => work(),
+            Some(Kind::Lasting(work)) => work.run(),
+            None => {}
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if let Some(Kind::Lasting(work)) = self.0.take() {
+            work.dropped();
+        }
+    }
+}
+
+impl fmt::Debug for Job {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Job")
+    }
+}
 
 /// Runs blocking work somewhere else: threads, or a simulator at a virtual time.
 pub trait WorkPool: Send + Sync {
@@ -94,7 +144,7 @@ impl Shared {
             if let Some(job) = state.queue.pop_front() {
                 drop(state);
                 // A panic of the work is its own affair: it is reported, and the thread goes on.
-                let run = std::panic::AssertUnwindSafe(job);
+                let run = std::panic::AssertUnwindSafe(|| job.run());
                 if std::panic::catch_unwind(run).is_err() {
                     log::error!("work panicked on a thread of pool '{}'", self.name);
                 }
@@ -269,7 +319,7 @@ impl AioContext {
             done: ThreadLock::new(Some(Box::new(done))),
         });
         let on_pool = ticket.clone();
-        self.pool().submit(Box::new(move || {
+        self.pool().submit(Job::new(move || {
             if on_pool.take(RUNNING) {
                 let work = std::panic::AssertUnwindSafe(work);
                 let result = std::panic::catch_unwind(work).unwrap_or_else(|_reported| {

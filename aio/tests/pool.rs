@@ -2,7 +2,7 @@
 
 mod support;
 
-use coblock_aio::{ContextOptions, Home, ThreadPool, WorkPool, co};
+use coblock_aio::{ContextOptions, Home, Job, ThreadPool, WorkPool, co};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -33,7 +33,7 @@ fn submit_and_forget() {
     let pool = ThreadPool::new("forget", 2);
     let (gate, runs) = (Arc::new(Gate::default()), Count::default());
     let (open, count) = (gate.clone(), runs.clone());
-    pool.submit(Box::new(move || {
+    pool.submit(Job::new(move || {
         count.add();
         open.open();
     }));
@@ -230,7 +230,7 @@ fn panicking_work() {
 fn a_pool_that_drops_work_is_noticed() {
     struct Dropping;
     impl WorkPool for Dropping {
-        fn submit(&self, work: coblock_aio::Job) {
+        fn submit(&self, work: Job) {
             std::thread::spawn(move || drop(work));
         }
     }

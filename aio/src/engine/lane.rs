@@ -16,7 +16,8 @@ use crate::buf::IoVec;
 use crate::context::AioContext;
 use crate::current::with_core;
 use crate::engine::{Engine, uring};
-use crate::sys::pending::{LentWrite, lend_write};
+use crate::sys::pending::{LentWrite, Pending, lend_write};
+use crate::thread_pool::{Job, Lasting};
 use coblock_coroutine::{Co, ThreadLock};
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -80,6 +81,14 @@ struct State {
     waiting: Vec<LentWrite>,
     /// A thread does them, or will.
     has_job: bool,
+    /// Lists of the thread, kept for the next one: nothing is allocated for each batch.
+    spare: Option<Lists>,
+}
+
+#[derive(Default)]
+struct Lists {
+    writes: Vec<LentWrite>,
+    done: Vec<(Pending, i32)>,
 }
 
 impl Lane {
@@ -96,52 +105,53 @@ impl Lane {
         let first = !std::mem::replace(&mut state.has_job, true);
         drop(state);
         if first {
-            let job = Job(Some(self.clone()));
-            self.context.pool().submit(Box::new(move || job.run()));
+            self.context.pool().submit(Job::lasting(self.clone()));
         }
     }
 
-    /// Takes what waits into `writes`, which is empty; nothing: the job is done.
-    fn take(&self, writes: &mut Vec<LentWrite>) -> bool {
+    /// Takes what waits; the lists are given back when that is nothing, and the job is done.
+    fn take(&self, mut lists: Lists) -> Option<Lists> {
         let mut state = self.state.lock();
-        std::mem::swap(&mut state.waiting, writes);
-        state.has_job = !writes.is_empty();
-        state.has_job
+        std::mem::swap(&mut state.waiting, &mut lists.writes);
+        state.has_job = !lists.writes.is_empty();
+        if state.has_job {
+            Some(lists)
+        } else {
+            state.spare = Some(lists);
+            None
+        }
     }
-}
 
-/// The right to do the writes of a lane, until there are none; empty once that was the case.
-struct Job(Option<Arc<Lane>>);
-
-impl Job {
-    fn run(mut self) {
-        let Some(lane) = self.0.take() else { return };
-        let context = &lane.context;
-        let mut writes = Vec::new();
-        let mut done = Vec::with_capacity(TOGETHER);
-        while lane.take(&mut writes) {
+    /// Does all that waits with `write`, and posts the results, at most [`TOGETHER`] at a time.
+    fn finish(&self, write: impl Fn(LentWrite) -> (Pending, i32)) {
+        let mut lists = self.state.lock().spare.take().unwrap_or_default();
+        while let Some(Lists {
+            mut writes,
+            mut done,
+        }) = self.take(lists)
+        {
             // The loop has something to do while the rest is written.
             let part = writes.len().div_ceil(2).min(TOGETHER);
-            for write in writes.drain(..) {
-                done.push(write.run());
+            for one in writes.drain(..) {
+                done.push(write(one));
                 if done.len() == part {
-                    context.post_completions(done.drain(..));
+                    self.context.post_completions(done.drain(..));
                 }
             }
-            context.post_completions(done.drain(..));
+            self.context.post_completions(done.drain(..));
+            lists = Lists { writes, done };
         }
     }
 }
 
-impl Drop for Job {
-    /// A pool may drop a job without running it; who waits must hear of that.
-    fn drop(&mut self) {
-        let Some(lane) = self.0.take() else { return };
-        let mut writes = Vec::new();
-        while lane.take(&mut writes) {
-            let refused = writes.drain(..).map(LentWrite::refuse);
-            lane.context.post_completions(refused);
-        }
+impl Lasting for Lane {
+    fn run(&self) {
+        self.finish(LentWrite::run);
+    }
+
+    /// Who waits must hear of that.
+    fn dropped(&self) {
+        self.finish(LentWrite::refuse);
     }
 }
 

@@ -7,6 +7,7 @@ use crate::bottom_half::Work;
 use crate::context::AioContext;
 use crate::current::current;
 use crate::sys::pending::{Pending, lend};
+use crate::thread_pool::Job;
 use coblock_coroutine::{Co, IoWait};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -66,7 +67,7 @@ pub(crate) fn on_pool<R: Send>(co: &Co, f: impl FnOnce() -> R + Send) -> R {
     };
     lend(
         Box::new(move || lent.run()),
-        |job| pool.submit(job),
+        |job| pool.submit(Job::boxed(job)),
         wait_for_it,
     );
     match outcome {

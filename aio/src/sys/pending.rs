@@ -88,8 +88,8 @@ impl Pending {
     }
 }
 
-/// A job that any thread may run.
-pub(crate) type Job = Box<dyn FnOnce() + Send>;
+/// Work that any thread may do.
+type Work = Box<dyn FnOnce() + Send>;
 
 /// Hands a job that borrows to `submit`, as one that may live for ever, and then calls `wait`.
 ///
@@ -98,7 +98,7 @@ pub(crate) type Job = Box<dyn FnOnce() + Send>;
 /// dropped while submitted, which aborts the process.
 pub(crate) fn lend<'a>(
     job: Box<dyn FnOnce() + Send + 'a>,
-    submit: impl FnOnce(Job),
+    submit: impl FnOnce(Work),
     wait: impl FnOnce(),
 ) {
     let raw: *mut (dyn FnOnce() + Send + 'a) = Box::into_raw(job);
