@@ -12,7 +12,7 @@
 //! types.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use coblock_aio::{AlignedBuf, IoVec, IoVecMut};
 use coblock_block::types::in_memory;
@@ -236,6 +236,7 @@ impl Qcow2 {
         let kind = self.header.compression;
         coblock_aio::co::on_pool(co, || inflate(kind, &packed, &mut cluster))
             .map_err(|why| Error::CompressedData { host, why })?;
+        self.counters.clusters_inflated.fetch_add(1, Relaxed);
         Ok(cluster)
     }
 

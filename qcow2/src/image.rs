@@ -97,6 +97,7 @@ pub(crate) struct Counters {
     pub dependency_waits: AtomicU64,
     pub refcount_blocks_added: AtomicU64,
     pub tables_grown: AtomicU64,
+    pub clusters_inflated: AtomicU64,
 }
 
 /// A copy of the counters of an image, for tests and for people who look.
@@ -120,6 +121,8 @@ pub struct Qcow2Stats {
     pub refcount_blocks_added: u64,
     /// How often the L1 or the refcount table moved to a greater place.
     pub tables_grown: u64,
+    /// Compressed clusters that were read and inflated.
+    pub clusters_inflated: u64,
 }
 
 const _: () = {
@@ -269,6 +272,7 @@ impl Qcow2 {
             dependency_waits: self.counters.dependency_waits.load(Relaxed),
             refcount_blocks_added: self.counters.refcount_blocks_added.load(Relaxed),
             tables_grown: self.counters.tables_grown.load(Relaxed),
+            clusters_inflated: self.counters.clusters_inflated.load(Relaxed),
         }
     }
 

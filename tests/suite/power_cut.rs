@@ -26,6 +26,9 @@ fn image_with_snapshot() {
         // A disk that grows makes the reference read the snapshot as long as it.
         copies: 0,
         lazy: false,
+        // The snapshot shares some of them too.
+        compressed: 7,
+        zstd: false,
         ..Params::draw_short(4)
     };
     let before = play(&params.script());
@@ -58,7 +61,7 @@ fn image_with_snapshot() {
     let counted = cut_everywhere(&judge, &played, sample);
     let counted = counted.unwrap_or_else(|why| panic!("{why}\n{script}"));
     judge.end();
-    assert!(counted.states > 500, "{counted:?}");
+    assert!(counted.states > 500 && counted.inflated > 0, "{counted:?}");
 
     let mut cuts = played.stage.disk.power_cuts();
     for at in (0..=cuts.log_len()).step_by(7) {

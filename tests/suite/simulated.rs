@@ -29,10 +29,11 @@ fn run(params: &Params) -> Played {
 
 /// The swarm: 9.1 to 9.4 under random overlapping reads, writes and flushes. Each run must have
 /// been through an eviction, a wait for another write's allocation and a new refcount block, or it
-/// has shown nothing.
+/// has shown nothing; and compressed clusters of both methods must have been read in both modes.
 #[test]
 fn random_scripts_obey_the_model() {
     let (mut geometries, mut modes) = (BTreeSet::new(), BTreeSet::new());
+    let mut inflated = BTreeSet::new();
     for seed in 0..seeds() {
         let params = Params::draw(seed);
         let seen = run(&params);
@@ -53,11 +54,20 @@ fn random_scripts_obey_the_model() {
             "seed {seed}: no growth: {:?}",
             seen.stats
         );
+        if seen.stats.clusters_inflated > 0 {
+            assert!(params.compressed > 0, "seed {seed}: there was none");
+            inflated.insert((params.zstd, params.serial));
+        }
         modes.insert((params.lazy, params.serial));
         geometries.insert((params.version, params.cluster_bits, params.refcount_order));
     }
     assert!(geometries.len() >= 10, "only {geometries:?}");
     assert_eq!(modes.len(), 4, "lazy or not, serial or not: {modes:?}");
+    assert_eq!(
+        inflated.len(),
+        4,
+        "zstd or not, serial or not: {inflated:?}"
+    );
 }
 
 /// A seed replays step by step: what the disk is sent, in which order, with which bytes, at which

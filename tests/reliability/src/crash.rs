@@ -53,6 +53,8 @@ pub struct Counted {
     pub states: u64,
     /// States that the reference checked too.
     pub reference: u64,
+    /// Compressed clusters that were inflated while the workload ran.
+    pub inflated: u64,
 }
 
 impl Counted {
@@ -62,6 +64,7 @@ impl Counted {
         self.choices += more.choices;
         self.states += more.states;
         self.reference += more.reference;
+        self.inflated += more.inflated;
     }
 }
 
@@ -119,7 +122,10 @@ pub fn cut_at(
 ) -> Verdict<Counted> {
     let mut cuts = played.stage.disk.power_cuts();
     let mut rng = Rng::new(!played.stage.setting.seed);
-    let mut counted = Counted::default();
+    let mut counted = Counted {
+        inflated: played.stats.clusters_inflated,
+        ..Counted::default()
+    };
     let mut seen = Seen::default();
     let folder = tempfile::tempdir().map_err(|e| format!("a folder: {e}"))?;
     for at in places {

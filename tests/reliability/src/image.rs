@@ -6,6 +6,7 @@
 //!           1   refcount table
 //!           2   first refcount block
 //!           3.. L1 table
+//!             (what compressed.rs adds)
 //! ```
 
 use super::script::Setting;
@@ -45,11 +46,18 @@ pub fn empty(setting: &Setting, backing: Option<&str>) -> Vec<u8> {
     if setting.version == 3 {
         put32(&mut bytes, 84, usize::from(setting.lazy));
         put32(&mut bytes, 96, setting.refcount_order as usize);
-        put32(&mut bytes, 100, 104);
         end = 104;
+        if setting.zstd {
+            // Incompatible feature bit 3, and the compression type, in a header that is longer.
+            put32(&mut bytes, 76, 8);
+            bytes[104] = 1;
+            end = 112;
+        }
+        put32(&mut bytes, 100, end);
     } else {
         assert_eq!(setting.refcount_order, 4, "version 2 has counts of 16 bits");
         assert!(!setting.lazy, "version 2 has no dirty bit");
+        assert!(!setting.zstd, "version 2 has one compression type");
     }
     if let Some(name) = backing {
         // Header extension "backing file format name", then the end of the extensions, then the
@@ -64,18 +72,21 @@ pub fn empty(setting: &Setting, backing: Option<&str>) -> Vec<u8> {
     }
     put64(&mut bytes, cluster, 2 * cluster as u64);
     for index in 0..used {
-        set_refcount(&mut bytes[2 * cluster..3 * cluster], index, bits);
+        set_refcount(&mut bytes[2 * cluster..3 * cluster], index, bits, 1);
     }
     bytes
 }
 
-/// Sets count `index` of a refcount block to one.
-fn set_refcount(block: &mut [u8], index: usize, bits: usize) {
+/// Sets count `index` of a refcount block, which was lower.
+pub fn set_refcount(block: &mut [u8], index: usize, bits: usize, count: u8) {
     if bits < 8 {
         // Counts below a byte lie from the lowest bits upwards.
-        block[index * bits / 8] |= 1 << (index * bits % 8);
+        let shift = index * bits % 8;
+        let byte = &mut block[index * bits / 8];
+        *byte &= !(((1 << bits) - 1) << shift);
+        *byte |= count << shift;
     } else {
-        block[(index + 1) * bits / 8 - 1] = 1;
+        block[(index + 1) * bits / 8 - 1] = count;
     }
 }
 

@@ -21,7 +21,8 @@
 //! | [`power_cuts`] | part: the power goes at every write |
 //! | [`crash`] | the states that a power cut may leave |
 //! | [`sim`], [`session`] | contexts in virtual and in real time |
-//! | [`image`], [`soundness`], [`peer`] | empty images; our check; the reference's tools |
+//! | [`image`], [`compressed`] | empty images; the compressed clusters that some begin with |
+//! | [`soundness`], [`peer`] | our check; the reference's tools |
 //! | [`rng`] | numbers that depend on a seed only |
 //!
 //! Everything here is deterministic: no wall clock, no addresses, no hasher with a random key, no
@@ -32,6 +33,7 @@
     reason = "`next` of a generator of numbers, which has no end"
 )]
 
+pub mod compressed;
 pub mod crash;
 pub mod exhaustive;
 pub mod faults;

@@ -214,6 +214,16 @@ impl History {
         self.base[..units].fill(true);
     }
 
+    /// Says that the units of `content` at `offset` were there before the run: stamps of write 0, or
+    /// zeros.
+    pub fn set_initial(&mut self, offset: u64, content: &[u8]) {
+        let units = self.decode(offset, content);
+        for (unit, found) in self.range(offset, content.len()).zip(units) {
+            assert!(found != Content::Foreign, "nobody's content at {offset:#x}");
+            self.base[unit] = found != Content::Zero;
+        }
+    }
+
     /// Bytes of one unit.
     pub fn unit(&self) -> usize {
         self.unit

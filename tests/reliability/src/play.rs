@@ -16,11 +16,11 @@ use coblock::block::{self, BlockBackend, Explicit, Options};
 use coblock::coroutine::Co;
 use coblock::qcow2::{Qcow2, Qcow2Stats};
 
-use super::image;
 use super::load::{Ended, Load, Loaded};
 use super::model::{History, stamp};
 use super::script::{Script, Setting};
 use super::sim::{self, Simulation};
+use super::{compressed, image};
 
 /// Name of the backing file, as the image has it.
 pub const BACKING: &str = "base.raw";
@@ -37,14 +37,16 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// The empty image that `setting` describes; its disk answers at once.
+    /// The image that `setting` describes; its disk answers at once.
     pub fn new(setting: &Setting) -> Self {
         let mut base = vec![0; usize::try_from(setting.backing).expect("a small disk")];
         stamp(&mut base, 0, setting.unit, setting.seed, 0);
         let backing = (setting.backing > 0).then_some(BACKING);
+        let mut image = image::empty(setting, backing);
+        compressed::add(&mut image, setting);
         Stage {
             setting: setting.clone(),
-            disk: SimDisk::with_contents(&image::empty(setting, backing)),
+            disk: SimDisk::with_contents(&image),
             base: SimDisk::with_contents(&base),
             audit: true,
         }
@@ -61,6 +63,9 @@ impl Stage {
         } = self.setting;
         let mut history = History::new(size, unit, seed);
         history.set_base(backing);
+        for cluster in compressed::clusters(&self.setting) {
+            history.set_initial(cluster.offset, &cluster.content);
+        }
         history
     }
 

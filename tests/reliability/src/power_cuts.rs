@@ -76,8 +76,11 @@ fn run(plan: &Plan, report: &mut Report) {
         }
     }
     report.count(Figure::States, total.states);
+    if total.inflated == 0 {
+        report.fail("power-cuts", "no workload met a compressed cluster");
+    }
     report.say(format!(
-        "{workloads} workloads, cut at {} places in {} ways: {} different states, {} of them checked by qemu-img",
-        total.places, total.choices, total.states, total.reference
+        "{workloads} workloads, cut at {} places in {} ways: {} different states, {} of them checked by qemu-img; {} compressed clusters inflated",
+        total.places, total.choices, total.states, total.reference, total.inflated
     ));
 }

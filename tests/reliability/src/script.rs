@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! # a comment
-//! image version=3 cluster-bits=12 refcount-order=4 size=0x100000 backing=0x80000 lazy
+//! image version=3 cluster-bits=12 refcount-order=4 size=0x100000 backing=0x80000 compressed=4 lazy
 //! open serial small-caches queues=2
 //! run seed=7 unit=512 in-flight=8 delay-us=200
 //! write 0x1000 4096
@@ -144,6 +144,10 @@ pub struct Setting {
     pub size: u64,
     /// Bytes of a raw backing file full of the model's stamps; 0: there is none.
     pub backing: u64,
+    /// Compressed clusters that the image begins with.
+    pub compressed: u64,
+    /// They are compressed by zstd.
+    pub zstd: bool,
     /// Refcounts are lazy, and the image dirty while it is open.
     pub lazy: bool,
     /// Requests take turns (serial mode).
@@ -169,6 +173,8 @@ impl Default for Setting {
             refcount_order: 4,
             size: 1 << 20,
             backing: 0,
+            compressed: 0,
+            zstd: false,
             lazy: false,
             serial: false,
             small_caches: true,
@@ -198,6 +204,8 @@ impl Setting {
             "refcount-order" => self.refcount_order = small(value)?,
             "size" => self.size = number(value)?,
             "backing" => self.backing = number(value)?,
+            "compressed" => self.compressed = number(value)?,
+            "zstd" => self.zstd = true,
             "lazy" => self.lazy = true,
             "serial" => self.serial = true,
             "small-caches" => self.small_caches = true,
@@ -216,12 +224,14 @@ impl fmt::Display for Setting {
         let word = |set: bool, word: &'static str| if set { word } else { "" };
         writeln!(
             f,
-            "image version={} cluster-bits={} refcount-order={} size={:#x} backing={:#x}{}",
+            "image version={} cluster-bits={} refcount-order={} size={:#x} backing={:#x} compressed={}{}{}",
             self.version,
             self.cluster_bits,
             self.refcount_order,
             self.size,
             self.backing,
+            self.compressed,
+            word(self.zstd, " zstd"),
             word(self.lazy, " lazy"),
         )?;
         writeln!(

@@ -321,10 +321,13 @@ fn run(plan: &Plan, report: &mut Report) {
     let many = many(0, count, count.div_ceil(50), plan.jobs);
     report.count(Figure::Seeds, many.seeds);
     report.count(Figure::States, many.cuts.states);
+    if many.cuts.inflated == 0 {
+        report.fail("seeds", "no seed met a compressed cluster");
+    }
     report.say(many.line());
     report.say(format!(
-        "{} requests failed because the disk did; {} times counts equalled references with requests in flight; 50 seeds ran twice, with the same hash of everything that happened",
-        many.errors, many.audits
+        "{} compressed clusters inflated; {} requests failed because the disk did; {} times counts equalled references with requests in flight; 50 seeds ran twice, with the same hash of everything that happened",
+        many.cuts.inflated, many.errors, many.audits
     ));
     for (seed, why) in &many.failures {
         report.fail(&format!("cargo xtask sim --seed {seed}"), why);

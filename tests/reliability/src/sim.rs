@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use coblock::aio::sim::World;
+use coblock::aio::sim::{VirtualPool, World};
 use coblock::aio::{AioContext, Clock, ContextOptions, EngineKind, Home, Park, VirtualClock};
 use coblock::block::drivers::sim::SimDisk;
 use coblock::block::{DriverRegistry, Graph, Options};
@@ -36,12 +36,17 @@ impl Park for Jump {
 /// A session with one context in virtual time.
 pub fn session() -> Session {
     let clock = VirtualClock::new();
-    Session::with(ContextOptions {
+    // Compressed clusters are inflated there.
+    let pool = Arc::new(VirtualPool::new(1_000));
+    let session = Session::with(ContextOptions {
         engine: EngineKind::None,
+        pool: Some(pool.clone()),
         park: Some(Arc::new(Jump(clock.clone()))),
         clock: Clock::Virtual(clock),
         ..ContextOptions::named("simulation")
-    })
+    });
+    pool.run_in(session.home.context());
+    session
 }
 
 /// Several contexts and one graph in virtual time.

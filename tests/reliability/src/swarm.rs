@@ -39,6 +39,10 @@ pub struct Params {
     pub lazy: bool,
     /// Requests take turns (serial mode).
     pub serial: bool,
+    /// Compressed clusters that the image begins with.
+    pub compressed: u64,
+    /// They are compressed by zstd.
+    pub zstd: bool,
 }
 
 /// Cluster bits and refcount order of geometries in which a few MiB fill more than one refcount
@@ -99,6 +103,8 @@ impl Params {
             lazy: version == 3 && rng.chance(30),
             serial: rng.chance(20),
             copies: rng.pick(&[0, 5]),
+            compressed: rng.pick(&[0, 4, 7]),
+            zstd: version == 3 && rng.chance(50),
         }
     }
 
@@ -144,6 +150,8 @@ impl Params {
             fill: if rng.chance(30) { size * 3 / 4 } else { 0 },
             lazy: version == 3 && rng.chance(20),
             serial: rng.chance(15),
+            compressed: rng.pick(&[0, 0, 4, 7]),
+            zstd: version == 3 && rng.chance(50),
         }
     }
 
@@ -156,6 +164,8 @@ impl Params {
             refcount_order: self.refcount_order,
             size: self.size,
             backing: 0,
+            compressed: self.compressed,
+            zstd: self.zstd,
             lazy: self.lazy,
             serial: self.serial,
             small_caches: true,

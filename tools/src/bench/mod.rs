@@ -478,6 +478,7 @@ fn counted(now: Qcow2Stats, before: Qcow2Stats) -> Qcow2Stats {
         dependency_waits: now.dependency_waits - before.dependency_waits,
         refcount_blocks_added: now.refcount_blocks_added - before.refcount_blocks_added,
         tables_grown: now.tables_grown - before.tables_grown,
+        clusters_inflated: now.clusters_inflated - before.clusters_inflated,
     }
 }
 
