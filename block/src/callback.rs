@@ -156,7 +156,15 @@ impl fmt::Debug for AioRequest {
 /// # Panics
 /// All of them: outside of every context, because there is nowhere to call back.
 impl BlockBackend {
-    /// Reads into all of `buf` from `offset`; see [`BlockBackend::pread`].
+    /// Reads into all of `buf` from `offset`; see [`BlockBackend::pread`]. A buffer that is only
+    /// borrowed is refused:
+    /// ```compile_fail,E0597
+    /// # use {coblock_block::BlockBackend, std::sync::Arc};
+    /// fn borrowed(backend: &Arc<BlockBackend>) {
+    ///     let mut buf = [0; 512];
+    ///     let _ = backend.aio_pread(0, &mut buf[..], |_, _| ());
+    /// }
+    /// ```
     #[track_caller]
     pub fn aio_pread<B>(
         self: &Arc<Self>,

@@ -7,6 +7,7 @@
 mod support;
 
 use coblock_block::drivers::sim::{Fault, LogEntry, Match, SimDisk};
+use coblock_block::throttle::{ThrottleConfig, ThrottleGroup};
 use coblock_block::{BlockBackend, ErrorKind, Limits, Options, RequestFlags};
 use std::cell::Cell;
 use std::rc::Rc;
@@ -545,6 +546,9 @@ fn limits_are_merged_upward() {
         ..plain
     };
     let world = World::simulated();
+    let clock = world.home.context().clock();
+    let group = ThrottleGroup::new("group", clock, ThrottleConfig::default()).unwrap();
+    world.graph.add_throttle_group(&group).unwrap();
     for (name, options, own, whole) in [
         (
             "null",
@@ -563,6 +567,20 @@ fn limits_are_merged_upward() {
         (
             "raw on sim",
             odd("file.").with("driver", "raw"),
+            plain,
+            odd_limits,
+        ),
+        (
+            "throttle on sim",
+            odd("file.")
+                .with("driver", "throttle")
+                .with("throttle-group", "group"),
+            plain,
+            odd_limits,
+        ),
+        (
+            "copy-on-read on sim",
+            odd("file.").with("driver", "copy-on-read"),
             plain,
             odd_limits,
         ),

@@ -4,6 +4,7 @@ mod support;
 
 use coblock_aio::{EngineKind, IoVec, IoVecMut};
 use coblock_block::drivers::sim::{Fault, Match, SimDisk};
+use coblock_block::throttle::{ThrottleConfig, ThrottleGroup};
 use coblock_block::types::{bytes, in_memory};
 use coblock_block::{
     BlockBackend, Child, ChildRole, Driver, DriverStatus, ErrorKind, GraphRead, Limits, Mixed,
@@ -535,6 +536,27 @@ fn filters_are_passed_through() {
         assert_eq!(found, (false, BLOCK), "above {name}");
     }
     end(world, backend);
+}
+
+/// Every other filter tells what the chain below it is.
+#[test]
+fn all_filters_tell_what_is_below() {
+    let below = chain(&[("top", "d.z."), ("base", "dzd.")]);
+    for (filter, group) in [("throttle", Some("group")), ("copy-on-read", None)] {
+        let mut world = World::simulated();
+        world.registry.register("layer", Box::new(OpenLayer));
+        let clock = world.home.context().clock();
+        let shared = ThrottleGroup::new("group", clock, ThrottleConfig::default()).unwrap();
+        world.graph.add_throttle_group(&shared).unwrap();
+        let mut options = Options::new().with("driver", filter);
+        if let Some(group) = group {
+            options = options.with("throttle-group", group);
+        }
+        options.nest("file", below.clone());
+        let backend = Arc::new(world.open(options).unwrap());
+        assert_eq!(map_of(&world, &backend), "d0 z1 z0 .1", "{filter}");
+        end(world, backend);
+    }
 }
 
 /// What a raw file of the host is equals what `qemu-img map` tells.

@@ -13,6 +13,7 @@ use std::rc::Rc;
 
 use coblock_block::drivers::sim::{Fault, Hold, LogEntry, Match};
 use coblock_block::{BlockBackend, ErrorKind, RequestFlags};
+use flate2::{Compress, Compression, FlushCompress};
 use support::rig::*;
 
 /// Rule 2.6: data I/O on allocated clusters is parallel, and a lookup that hits the cache takes no
@@ -433,40 +434,95 @@ fn rule_9_1_zeroes_and_discards_wait() {
     }
 }
 
-/// Rule 9.2: an overwrite in flight, its cluster discarded under it, never lands in the next
-/// owner's data. The reference has this race (proposed fixes of 2021 were not merged); this is the
-/// test that shows ours closed.
+/// Rule 9.2: an overwrite in flight, its cluster discarded or made zeros under it, never lands in
+/// the next owner's data. The reference has this race (proposed fixes of 2021 were not merged);
+/// this is the test that shows ours closed.
 #[test]
 fn rule_9_2_discard_under_an_overwrite() {
-    let f = Fixture::new();
-    let disk = f.open();
-    f.write(&disk, 0, CLUSTER, 1);
-    f.flush(&disk);
-    let old = f.host_of(0);
-    let hold = f.disk.hold(Match::writes().touching(old..old + CLUSTER));
-    let late = f.start_write(&disk, 0, 512, 2);
-    f.settle();
-    assert_eq!(hold.waiting(), 1);
-    let empty = f.start_empty(&disk, 0, CLUSTER, true);
-    f.wait(&empty).unwrap();
-    f.flush(&disk);
-    f.write(&disk, 8 * CLUSTER, CLUSTER, 3);
-    f.flush(&disk);
-    assert_ne!(
-        f.host_of(8 * CLUSTER),
-        old,
-        "not while the overwrite is in flight"
-    );
-    drop(hold);
-    f.wait(&late).unwrap();
-    f.flush(&disk);
-    f.write(&disk, 9 * CLUSTER, CLUSTER, 4);
-    f.flush(&disk);
-    assert_eq!(f.host_of(9 * CLUSTER), old, "afterwards it is handed out");
-    assert!(f.read(&disk, 9 * CLUSTER, CLUSTER).iter().all(|&b| b == 4));
-    assert!(f.read(&disk, 8 * CLUSTER, CLUSTER).iter().all(|&b| b == 3));
-    assert!(f.read(&disk, 0, CLUSTER).iter().all(|&b| b == 0));
-    f.close(disk);
+    for discard in [true, false] {
+        let f = Fixture::new();
+        let disk = f.open();
+        f.write(&disk, 0, CLUSTER, 1);
+        f.flush(&disk);
+        let old = f.host_of(0);
+        let hold = f.disk.hold(Match::writes().touching(old..old + CLUSTER));
+        let late = f.start_write(&disk, 0, 512, 2);
+        f.settle();
+        assert_eq!(hold.waiting(), 1);
+        let empty = f.start_empty(&disk, 0, CLUSTER, discard);
+        f.wait(&empty).unwrap();
+        f.flush(&disk);
+        f.write(&disk, 8 * CLUSTER, CLUSTER, 3);
+        f.flush(&disk);
+        assert_ne!(
+            f.host_of(8 * CLUSTER),
+            old,
+            "not while the overwrite is in flight"
+        );
+        drop(hold);
+        f.wait(&late).unwrap();
+        f.flush(&disk);
+        f.write(&disk, 9 * CLUSTER, CLUSTER, 4);
+        f.flush(&disk);
+        assert_eq!(f.host_of(9 * CLUSTER), old, "afterwards it is handed out");
+        assert!(f.read(&disk, 9 * CLUSTER, CLUSTER).iter().all(|&b| b == 4));
+        assert!(f.read(&disk, 8 * CLUSTER, CLUSTER).iter().all(|&b| b == 3));
+        assert!(f.read(&disk, 0, CLUSTER).iter().all(|&b| b == 0));
+        f.close(disk);
+    }
+}
+
+/// Rule 9.2: the same for compressed data that is being read: overwritten, discarded or made zeros
+/// meanwhile, it is nobody else's place before the read has it.
+#[test]
+fn rule_9_2_no_reuse_of_compressed_data_under_a_read() {
+    for discard in [None, Some(true), Some(false)] {
+        let f = Fixture::new();
+        let disk = f.open();
+        f.write(&disk, 0, CLUSTER, 1);
+        f.close(disk);
+        let old = f.host_of(0);
+        let mut packed = Vec::with_capacity(512);
+        Compress::new(Compression::best(), false)
+            .compress_vec(&[7; CLUSTER as usize], &mut packed, FlushCompress::Finish)
+            .unwrap();
+        f.disk.poke(old, &packed);
+        // One sector, so only the flag and the place.
+        f.disk.poke(FIRST_L2, &(1 << 62 | old).to_be_bytes());
+
+        let disk = f.open();
+        let hold = f.disk.hold(Match::reads().touching(old..old + CLUSTER));
+        let seen = Rc::new(Cell::new(None));
+        {
+            let (disk, seen) = (disk.clone(), seen.clone());
+            f.home.spawn("reader", move |co| {
+                let mut data = [0xee; CLUSTER as usize];
+                disk.pread(co, 0, &mut data[..]).unwrap();
+                seen.set(Some(data));
+            });
+        }
+        f.settle();
+        assert_eq!(hold.waiting(), 1);
+        match discard {
+            None => f.write(&disk, 0, CLUSTER, 2),
+            Some(discard) => f.wait(&f.start_empty(&disk, 0, CLUSTER, discard)).unwrap(),
+        }
+        f.flush(&disk);
+        f.write(&disk, 5 * CLUSTER, CLUSTER, 3);
+        f.flush(&disk);
+        assert_ne!(f.host_of(5 * CLUSTER), old, "not while it is read");
+        drop(hold);
+        // A thread of the pool inflates.
+        while seen.get().is_none() {
+            f.home.poll(true);
+        }
+        assert_eq!(seen.get(), Some([7; CLUSTER as usize]));
+        f.flush(&disk);
+        f.write(&disk, 6 * CLUSTER, CLUSTER, 4);
+        f.flush(&disk);
+        assert_eq!(f.host_of(6 * CLUSTER), old, "afterwards it is handed out");
+        f.close(disk);
+    }
 }
 
 /// Rule 2.6, serial mode: one request at a time, first in first out; a request that was waiting
