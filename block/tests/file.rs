@@ -2,7 +2,10 @@
 
 mod support;
 
+use coblock_aio::AlignedBuf;
+use coblock_block::types::in_memory;
 use coblock_block::{ErrorKind, Limits, MAX_REQUEST, Options, RequestFlags};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use support::{World, engines, pattern};
 
 /// A buffered read that is alone is served from the page cache by the loop, without the ring; a
@@ -200,6 +203,44 @@ fn a_file_that_was_cut_reads_as_zeros() {
         world.close(backend).unwrap();
         world.end();
     }
+}
+
+/// What the limits of a file say is enough for the kernel, with direct I/O and without.
+#[test]
+fn limits_of_a_file_are_enough() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = dir.path().join("disk.raw");
+    std::fs::write(&path, pattern(2, 1 << 16)).unwrap();
+    let world = World::simulated();
+    for (direct, flags) in [("off", 0), ("on", libc::O_DIRECT)] {
+        let options = Options::file(path.to_str().unwrap()).with("cache.direct", direct);
+        let Ok(backend) = world.open(options) else {
+            assert_eq!(direct, "on", "only direct I/O may be missing");
+            println!("SKIPPED: no direct I/O in {}", path.display());
+            continue;
+        };
+        let limits = *backend.node().limits();
+        if direct == "off" {
+            assert_eq!((limits.request_alignment, limits.mem_alignment), (1, 1));
+        }
+        assert_eq!(*backend.node().whole_limits(), limits);
+        let (request, memory) = (in_memory(limits.request_alignment), limits.mem_alignment);
+        let file = std::fs::File::options()
+            .read(true)
+            .custom_flags(flags)
+            .open(&path)
+            .unwrap();
+        // Aligned to that and no more.
+        let mut buf = AlignedBuf::try_new(1 << 14, 1 << 13).unwrap();
+        let part = &mut buf[memory..memory + request];
+        file.read_exact_at(part, limits.request_alignment).unwrap();
+        assert!(
+            *part == pattern(2, 1 << 16)[request..2 * request],
+            "direct {direct}"
+        );
+        world.close(backend).unwrap();
+    }
+    world.end();
 }
 
 /// The limits are those of the device's queue, through `raw`.
