@@ -1,0 +1,160 @@
+//! Promise: where the kernel itself refuses to write (a file may not grow, a file system is full),
+//! the request that met it is told why, what had been flushed is there, and the image is sound and
+//! goes on working. (Reliability R10; `reliability.rs` of the suite has simulated failures.)
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Bytes of a write.
+const LEN: u64 = 64 << 10;
+/// Writes, which together are more than there is room for.
+const WRITES: u64 = 120;
+/// The byte that the last write leaves where the first has written.
+const LAST: u64 = 250;
+
+/// Cluster size and options of `coblock io`. With the smallest clusters, tables and refcount
+/// blocks are among what does not fit.
+const WAYS: [(&str, &[&str]); 4] = [
+    ("512", &["-t", "writeback"]),
+    ("64k", &["-t", "writeback"]),
+    ("512", &["-i", "threads"]),
+    ("4k", &["-i", "threads"]),
+];
+
+fn coblock() -> &'static str {
+    env!("CARGO_BIN_EXE_coblock")
+}
+
+/// Runs a command to its end; what it prints, and its exit status.
+fn run(command: &mut Command) -> (String, Option<i32>) {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    (text, output.status.code())
+}
+
+/// Runs `coblock` with these words; it must succeed.
+fn must(words: &[&str]) {
+    let (text, status) = run(Command::new(coblock()).args(words));
+    assert_eq!(status, Some(0), "{words:?}: {text}");
+}
+
+/// Writes to a new image in `folder` until there is no room, each write on stable storage when it
+/// returns, and looks at what is there afterwards. `start` starts `coblock io`.
+fn fill(folder: &Path, start: impl Fn() -> Command, refusal: &str) {
+    let image = folder.join("image.qcow2");
+    let image = image.to_str().unwrap();
+    for (cluster, options) in WAYS {
+        let name = format!("clusters of {cluster}, {options:?}");
+        let shape = format!("cluster_size={cluster}");
+        must(&[
+            "img", "create", "-q", "-f", "qcow2", "-o", &shape, image, "64M",
+        ]);
+        let mut io = start();
+        io.args(["-f", "qcow2"]).args(options);
+        for number in 0..WRITES {
+            let write = format!("write -f -P {} {} {LEN}", number + 1, number * LEN);
+            io.args(["-c", &write]);
+        }
+        // In place: needs no room.
+        io.args(["-c", &format!("write -f -P {LAST} 0 {LEN}")]);
+        let (text, status) = run(io.arg(image));
+        assert_eq!(status, Some(1), "{name}: {text}");
+        let told: Vec<bool> = text
+            .lines()
+            .filter(|line| !line.starts_with("64 KiB, 1 ops"))
+            .map(
+                |line| match line.starts_with("wrote 65536/65536 bytes at") {
+                    false if line == format!("write failed: {refusal}") => false,
+                    wrote => {
+                        assert!(wrote, "{name}: {line}");
+                        true
+                    }
+                },
+            )
+            .collect();
+        assert_eq!(told.len() as u64, WRITES + 1, "{name}: {text}");
+        let written = told.iter().filter(|wrote| **wrote).count();
+        assert!(written > 20 && told.len() - written > 5, "{name}: {text}");
+        assert!(told[0] && told[told.len() - 1], "{name}: {text}");
+
+        must(&["img", "check", "-q", "-f", "qcow2", image]);
+        let mut io = Command::new(coblock());
+        io.args(["io", "-r", "-f", "qcow2"]);
+        io.args(["-c", &format!("read -P {LAST} 0 {LEN}")]);
+        for (number, _) in (0..WRITES).zip(&told).skip(1).filter(|(_, wrote)| **wrote) {
+            let read = format!("read -P {} {} {LEN}", number + 1, number * LEN);
+            io.args(["-c", &read]);
+        }
+        let (text, status) = run(io.arg(image));
+        let differs = text.contains("verification failed");
+        assert!(status == Some(0) && !differs, "{name}: {text}");
+        std::fs::remove_file(image).unwrap();
+    }
+}
+
+/// A file that may not grow: RLIMIT_FSIZE, with its signal ignored.
+#[test]
+fn a_file_that_may_not_grow() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let start = || {
+        let mut shell = Command::new("sh");
+        // In units of 512 bytes: 4 MiB.
+        let line = "trap '' XFSZ; ulimit -f 8192; exec \"$0\" io \"$@\"";
+        shell.args(["-c", line, coblock()]);
+        shell
+    };
+    fill(folder.path(), start, "File too large");
+}
+
+/// A file system in a file, mounted; unmounted in the end.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    /// `None` where this machine has no such thing for us.
+    fn new(folder: &Path) -> Option<Self> {
+        let file = folder.join("filesystem");
+        let at = folder.join("mounted");
+        std::fs::create_dir(&at).unwrap();
+        std::fs::File::create(&file)
+            .unwrap()
+            .set_len(8 << 20)
+            .unwrap();
+        let done = |program: &str, words: &[&str]| {
+            let status = Command::new(program)
+                .args(words)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
+            status.is_ok_and(|status| status.success())
+        };
+        let (file, place) = (file.to_str().unwrap(), at.to_str().unwrap());
+        let mounted = done("mkfs.ext4", &["-q", "-F", file])
+            && done("mount", &["-t", "ext4", "-o", "loop", file, place]);
+        mounted.then_some(Self(at))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // If it fails the folder cannot be removed, which is said then.
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+/// A file system that is full, on a loop device.
+#[test]
+fn a_file_system_that_is_full() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let Some(mounted) = Mounted::new(folder.path()) else {
+        println!("SKIPPED: no file system can be made and mounted on a loop device here");
+        return;
+    };
+    let start = || {
+        let mut io = Command::new(coblock());
+        io.arg("io");
+        io
+    };
+    fill(&mounted.0, start, "No space left on device");
+}
