@@ -155,6 +155,8 @@ fn judge(name: &str, what: &str, got: Result<()>, want: Want) {
 fn hostile_images() {
     let _alone = alone();
     let verbose = std::env::var_os("VERBOSE").is_some();
+    // `cargo xtask coverage` runs a program that counts its lines, and is several times slower.
+    let slower = std::env::var_os("LLVM_PROFILE_FILE").map_or(1, |_| 5);
     for case in cases() {
         let world = World::new();
         let disk = (case.disk)();
@@ -179,7 +181,11 @@ fn hostile_images() {
         judge(case.name, "read", read, case.read);
         judge(case.name, "write", write, case.write);
         world.end();
-        assert!(cpu < 1000, "{}: {cpu} ms of processor time", case.name);
+        assert!(
+            cpu < 1000 * slower,
+            "{}: {cpu} ms of processor time",
+            case.name
+        );
         assert!(
             memory < 128 << 10,
             "{}: {memory} KiB more memory",

@@ -62,6 +62,22 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Finished, String> {
     })
 }
 
+/// What a command prints that is run in the workspace's folder.
+///
+/// # Errors
+/// That it cannot be run, or its status where that is not success.
+pub fn asked(program: &str, args: &[&str]) -> Result<String, String> {
+    let output = Command::new(program)
+        .current_dir(crate::workspace())
+        .args(args)
+        .output()
+        .map_err(|e| format!("cannot run {program}: {e}"))?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(format!("{program}: {}", output.status)),
+    }
+}
+
 /// Waits until the other side of `is_done` is gone, or kills `child` after `limit`; true if it did.
 ///
 /// Takes a borrow, and `Child` has no destructor that waits: the process is reaped by wait4.

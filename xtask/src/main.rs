@@ -1,12 +1,13 @@
 //! Development tasks: `cargo xtask TASK`, a module each.
 //!
 //! They run from anywhere inside the workspace and need nothing but cargo, for `bench` qemu-img,
-//! and for `counts` valgrind.
+//! for `counts` valgrind, and for `coverage` the toolchain's component llvm-tools.
 
 mod bench;
 mod child;
 mod ci;
 mod counts;
+mod coverage;
 mod graph;
 mod mutants;
 mod reliability;
@@ -26,6 +27,7 @@ Usage: cargo xtask TASK
   fuzz [OPTIONS]   --target T --executions N --seed S: inputs that a seed breaks; all targets without T
   mutants [WORDS]  every mistake that the product can be told to make must be caught; WORDS: part of its name
   counts [OPTIONS] instructions per operation against docs/counts.json; --help lists the options
+  coverage [--uncovered]  which lines of qcow2/src tests run; below 95 % is a failure
   sanitize [asan|valgrind] [--short]  tests of the coroutine library under AddressSanitizer and valgrind
 ";
 
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         Some("fuzz") => reliability::fuzz(&rest),
         Some("mutants") => mutants::run(&rest),
         Some("counts") => counts::run(&rest),
+        Some("coverage") => coverage::run(&rest),
         Some("sanitize") => sanitize::run(&rest),
         Some("help" | "--help" | "-h") => {
             print!("{USAGE}");

@@ -10,6 +10,7 @@ use std::time::Instant;
 use serde_json::Value;
 
 use crate::Outcome;
+use crate::child::asked;
 
 const USAGE: &str = "\
 Usage: cargo xtask sanitize [asan|valgrind] [--short]
@@ -131,19 +132,6 @@ fn timed(what: &str, command: &mut Command) -> Outcome {
     }
     println!("ok: {what} ({:.0} s)", began.elapsed().as_secs_f64());
     Ok(())
-}
-
-/// What a command prints.
-fn asked(program: &str, args: &[&str]) -> Result<String, String> {
-    let output = Command::new(program)
-        .current_dir(crate::workspace())
-        .args(args)
-        .output()
-        .map_err(|e| format!("cannot run {program}: {e}"))?;
-    match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-        false => Err(format!("{program}: {}", output.status)),
-    }
 }
 
 /// Builds test programs, and tells where they are.

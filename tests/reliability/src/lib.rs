@@ -19,6 +19,7 @@
 //! | [`exhaustive`] | part: every sequence of a few operations, cut at every write |
 //! | [`faults`] | part: every request to the file fails |
 //! | [`power_cuts`] | part: the power goes at every write |
+//! | [`outside`] | parts that are programs of their own |
 //! | [`crash`] | the states that a power cut may leave |
 //! | [`sim`], [`session`] | contexts in virtual and in real time |
 //! | [`image`], [`compressed`] | empty images; the compressed clusters that some begin with |
@@ -46,6 +47,7 @@ pub mod kills;
 pub mod load;
 pub mod model;
 pub mod mutants;
+pub mod outside;
 pub mod parallel;
 pub mod part;
 pub mod parts;

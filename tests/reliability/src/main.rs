@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use coblock_reliability::part::{Plan, Scale};
 use coblock_reliability::power_cuts::{judge_script, workload};
 use coblock_reliability::script::Script;
-use coblock_reliability::{faults, fuzz, kills, mutants, parts, run, seeds};
+use coblock_reliability::{faults, fuzz, kills, mutants, outside, parts, run, seeds};
 
 const USAGE: &str = "\
 Usage: cargo xtask reliability [OPTIONS]
@@ -14,7 +14,7 @@ Usage: cargo xtask reliability [OPTIONS]
 Runs every part of the reliability machine and prints what each shows.
 
   --tenth             a tenth of what CI runs
-  --ci                what CI runs; the default
+  --ci                what CI runs; without an option: this and the mutants
   --release-figures   what is run before a release
   --part NAME         only this part; may be given several times
   --jobs N            threads (default: one for each core)
@@ -116,6 +116,8 @@ fn reliability(words: &[String]) -> Result<bool, String> {
         jobs: cores(),
     };
     let (mut names, mut json, mut docs) = (Vec::new(), None, None);
+    // The hunt takes longer than CI has.
+    let mut hunt = true;
     let mut words = words.iter();
     while let Some(word) = words.next() {
         let mut value = || {
@@ -124,8 +126,8 @@ fn reliability(words: &[String]) -> Result<bool, String> {
                 .ok_or(format!("{word} needs a value\n\n{USAGE}"))
         };
         match word.as_str() {
-            "--tenth" => plan.scale = Scale::Tenth,
-            "--ci" => plan.scale = Scale::Ci,
+            "--tenth" => (plan.scale, hunt) = (Scale::Tenth, false),
+            "--ci" => (plan.scale, hunt) = (Scale::Ci, false),
             "--release-figures" => plan.scale = Scale::Release,
             "--part" => names.push(value()?.clone()),
             "--jobs" => plan.jobs = value()?.parse().map_err(|e| format!("--jobs: {e}"))?,
@@ -163,10 +165,18 @@ fn reliability(words: &[String]) -> Result<bool, String> {
     }
     let chosen: Vec<_> = parts::ALL
         .iter()
-        .filter(|part| names.is_empty() || names.iter().any(|name| name == part.name))
+        .filter(|part| match names.is_empty() {
+            true => hunt || part.name != outside::MUTANTS.name,
+            false => names.iter().any(|name| name == part.name),
+        })
         .copied()
         .collect();
     let done = run::run(&chosen, &plan);
+    if names.is_empty() && !hunt {
+        println!(
+            "left out, because it takes minutes: the part mutants; `cargo xtask mutants` runs it"
+        );
+    }
     println!("{}", run::summary(&done));
     if let Some(path) = json {
         run::write(&path, &run::to_json(&done))?;

@@ -1,7 +1,7 @@
 //! The list of all parts, in the order in which they run.
 
 use super::part::Part;
-use super::{exhaustive, faults, fuzz, kills, power_cuts, seeds};
+use super::{exhaustive, faults, fuzz, kills, outside, power_cuts, seeds};
 
 /// Every part of the machine.
 pub const ALL: &[Part] = &[
@@ -11,4 +11,6 @@ pub const ALL: &[Part] = &[
     seeds::PART,
     kills::PART,
     fuzz::PART,
+    outside::SCRIPTS,
+    outside::MUTANTS,
 ];

@@ -100,6 +100,7 @@ pub fn to_json(done: &[Done]) -> String {
 pub fn to_markdown(done: &[Done], scale: Scale) -> String {
     let command = match scale {
         Scale::Tenth => "cargo xtask reliability --tenth",
+        Scale::Ci if total(done, Figure::Mutants) > 0 => "cargo xtask reliability",
         Scale::Ci => "cargo xtask reliability --ci",
         Scale::Release => "cargo xtask reliability --release-figures",
     };
