@@ -32,7 +32,8 @@ const COMPARED: &str = " scripts compared";
 const CAUGHT: &str = " mutants caught";
 
 fn scripts(_: &Plan, report: &mut Report) {
-    let words = "test --quiet --package coblock-tools --test io_scripts -- --nocapture";
+    // The whole workspace, as in CI's `cargo test`: nothing is then built with other features.
+    let words = "test --quiet --workspace --test io_scripts -- --nocapture";
     let ended = cargo(words, |line| {
         // The harness may have begun the line with its own words.
         let number = line.strip_suffix(COMPARED);
