@@ -491,7 +491,8 @@ impl<'a> Watch<'a> {
         for busy in self.look() {
             let table = busy.table();
             let others = || busy.is_busy_otherwise() || self.has_operations(&*busy);
-            if table.is_idle() && !others() {
+            // In this order: who was held back goes from the one to the other.
+            if !others() && table.is_idle() {
                 continue;
             }
             if let Some(ticket) = table.list_if_busy(&wake, others) {

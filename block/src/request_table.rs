@@ -614,21 +614,16 @@ impl RequestTable {
         self.live().next().is_none()
     }
 
-    /// Is anything in flight, or busy otherwise? Then `wake` is listed, to be called when something
-    /// ends, and the ticket returned. `otherwise` is asked without a lock, after being listed: so
-    /// a [`RequestTable::kick`] that comes after it is not lost.
+    /// Is anything busy otherwise, or in flight? Then `wake` is listed, to be called when something
+    /// ends, and the ticket returned. Both are asked after being listed, so that no end is lost; and
+    /// `otherwise` first: a request that was held back is counted there until it is in the table.
     pub(crate) fn list_if_busy(
         &self,
         wake: impl FnOnce() -> Wake,
         otherwise: impl FnOnce() -> bool,
     ) -> Option<u64> {
-        let (ticket, in_flight) = {
-            let mut waits = self.waits.lock();
-            let in_flight = self.live().next().is_some();
-            let ticket = waits.push(Target::Any, wake());
-            (ticket, in_flight)
-        };
-        if in_flight || otherwise() {
+        let ticket = self.waits.lock().push(Target::Any, wake());
+        if otherwise() || !self.is_idle() {
             return Some(ticket);
         }
         self.unlist(ticket);

@@ -6,6 +6,7 @@ use coblock_aio::{ContextOptions, EngineKind, IoThread};
 use coblock_block::{BlockBackend, Drain, Options};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 use support::{PLAIN, World, end};
 
 /// Lets the threads go, also when the test fails.
@@ -22,6 +23,7 @@ impl Drop for Stop {
 #[test]
 fn rule_5_5_sections_against_queues_that_never_stop() {
     const QUEUES: usize = 6;
+    const LIMIT: Duration = Duration::from_secs(120);
     let world = World::with_engine(EngineKind::None);
     let options = Options::new().with("driver", "null-co");
     let backend: Arc<BlockBackend> = Arc::new(world.open(options).unwrap());
@@ -57,11 +59,13 @@ fn rule_5_5_sections_against_queues_that_never_stop() {
     let total = || done.iter().map(|n| n.load(Ordering::Relaxed)).sum::<u64>();
     let mut sections = 0;
     while sections < 300 || done.iter().any(|n| n.load(Ordering::Relaxed) < 100) {
+        // Who does not become idle is told, instead of waiting for ever.
         let section = world.home.with(|| match sections % 3 {
-            0 => world.graph.drain_blocking(),
-            1 => backend.node().drain_blocking(),
-            _ => backend.drain_blocking(),
+            0 => world.graph.drain_blocking_within(LIMIT),
+            1 => backend.node().drain_blocking_within(LIMIT),
+            _ => backend.drain_blocking_within(LIMIT),
         });
+        let section = section.unwrap_or_else(|busy| panic!("section {sections}: {busy}"));
         // Of the backend's own count one may be on its way into the queue.
         assert_eq!(backend.node().in_flight(), 0);
         // A count of what had ended just before may still be on its way; a request cannot be.
