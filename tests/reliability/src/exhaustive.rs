@@ -2,7 +2,8 @@
 //!
 //! Nothing random: an alphabet of operations on the same few clusters, all words of up to two letters
 //! (three for a release), on an image with and without a backing file, in clusters of 64 KiB and
-//! 4 KiB. What comes before a word is durable.
+//! 4 KiB, and on one of 4 KiB whose other clusters are compressed. What comes before a word is
+//! durable.
 
 use super::crash::{Counted, Sample, cut_everywhere};
 use super::judge::{Judge, Verdict};
@@ -92,12 +93,17 @@ pub fn scripts(longest: usize) -> Vec<Script> {
     let mut scripts = Vec::new();
     for cluster_bits in [16, 12] {
         let c = 1 << cluster_bits;
-        for backing in [0, 5 * c + 512] {
+        let mut images = vec![(0, 0), (5 * c + 512, 0)];
+        if cluster_bits == 12 {
+            images.push((0, 4));
+        }
+        for (backing, compressed) in images {
             for word in words(&alphabet(c), longest) {
                 let setting = Setting {
                     cluster_bits,
                     size: 8 * c,
                     backing,
+                    compressed,
                     delay_us: 0,
                     ..Setting::default()
                 };
@@ -133,6 +139,9 @@ fn run(plan: &Plan, report: &mut Report) {
         }
     }
     report.count(Figure::States, total.states);
+    if total.inflated == 0 {
+        report.fail("exhaustive", "no sequence met a compressed cluster");
+    }
     report.say(format!(
         "{} sequences, cut at {} places in {} ways: {} different states, {} of them checked by qemu-img",
         scripts.len(),
@@ -152,7 +161,7 @@ mod tests {
     fn sequences_are_complete() {
         let letters = alphabet(4096).len();
         let all = scripts(2);
-        assert_eq!(all.len(), 4 * (letters + letters * letters));
+        assert_eq!(all.len(), 5 * (letters + letters * letters));
         for script in all {
             script.judge().unwrap_or_else(|e| panic!("{e}\n{script}"));
         }
