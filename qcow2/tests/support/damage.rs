@@ -211,11 +211,12 @@ struct Map {
 
 impl Map {
     fn of(image: &[u8]) -> Self {
-        let cluster = 1_u64 << get32(image, 20);
+        // Damaged before, perhaps: what no image may have is taken for the nearest that one may.
+        let cluster = 1_u64 << get32(image, 20).clamp(9, 21);
         let len = image.len() as u64;
         let in_file = |at: u64, bytes: u64| at.checked_add(bytes).is_some_and(|end| end <= len);
         let entries = |at: u64, count: u64| -> Vec<usize> {
-            (0..count)
+            (0..count.min(len / 8))
                 .map(|slot| at.saturating_add(slot * 8))
                 .filter(|at| in_file(*at, 8))
                 .map(|at| usize::try_from(at).unwrap())
