@@ -5,7 +5,7 @@ mod support;
 use coblock_aio::{Clock, ContextOptions, EngineKind, Home};
 use coblock_block::drivers::sim::SimDisk;
 use coblock_block::throttle::{Limit, ThrottleConfig, ThrottleGroup};
-use coblock_block::{BlockBackend, Drain, ErrorKind, Options};
+use coblock_block::{BlockBackend, Drain, ErrorKind, Options, Preallocation};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -342,5 +342,34 @@ fn groups_are_found_by_name() {
     node(Some("group")).unwrap();
     assert!(world.graph.remove_throttle_group("group").is_some());
     assert_eq!(node(Some("group")).unwrap_err().kind(), ErrorKind::NotFound);
+    world.end();
+}
+
+/// A disk grows through the filter as it does without, its space taken at once.
+#[test]
+fn space_is_taken_through_the_filter() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::write(&path, [1; 4096]).unwrap();
+    let world = World::with_engine(EngineKind::Threads);
+    world
+        .graph
+        .add_throttle_group(&group(&world, iops(1000)))
+        .unwrap();
+    let options = Options::new()
+        .with("driver", "throttle")
+        .with("throttle-group", "group")
+        .with("file.driver", "file")
+        .with("file.filename", path.to_str().unwrap());
+    let backend = world.open(options).unwrap();
+    world
+        .run(|co| backend.grow_preallocated(co, 1 << 20, Preallocation::Full))
+        .unwrap();
+    assert_eq!(backend.len(), 1 << 20);
+    world.close(backend).unwrap();
+    let grown = std::fs::read(&path).unwrap();
+    assert_eq!(grown.len(), 1 << 20);
+    assert!(grown[4096..].iter().all(|byte| *byte == 0));
+    assert!(world.graph.remove_throttle_group("group").is_some());
     world.end();
 }

@@ -38,7 +38,7 @@ pub(crate) struct Lanes {
     in_flight: Cell<u32>,
 }
 
-/// A lane, and which file it is for now.
+/// A lane, and the file whose writes it takes until it has nothing to do and another file asks.
 struct Slot {
     fd: RawFd,
     in_flight: u32,

@@ -10,7 +10,7 @@ use crate::graph::{GraphCell, GraphRead};
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::throttle::{Direction, Member};
-use crate::types::{ChildRole, Limits, RequestFlags, bytes};
+use crate::types::{ChildRole, Limits, Preallocation, RequestFlags, bytes};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::sync::Arc;
@@ -163,6 +163,19 @@ impl Driver for Throttle {
     fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
         let file = self.file.get(graph);
         let result = file.truncate(co, graph, len, exact);
+        self.len.store(file.len(graph), Ordering::Release);
+        result
+    }
+
+    fn grow_preallocated(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        len: u64,
+        preallocation: Preallocation,
+    ) -> Result<()> {
+        let file = self.file.get(graph);
+        let result = file.grow_preallocated(co, graph, len, preallocation);
         self.len.store(file.len(graph), Ordering::Release);
         result
     }
