@@ -36,7 +36,8 @@ impl Engine {
         ("threads", Self::Threads),
     ];
 
-    fn kind(self) -> EngineKind {
+    /// The library's word for it.
+    pub fn kind(self) -> EngineKind {
         match self {
             Self::Auto => EngineKind::Auto,
             Self::IoUring => EngineKind::IoUring,

@@ -397,3 +397,35 @@ fn closed_and_full_outputs() {
         "coblock img: write error: No space left on device\n"
     );
 }
+
+/// Requests of several threads, each with a loop of its own, on one image: nothing is lost, and
+/// what each did adds up.
+#[test]
+fn queues_share_one_image() {
+    let folder = Folder::new();
+    for (queues, options) in [
+        (1, "--rw randrw --number-ios 1000"),
+        (3, "--rw randrw --number-ios 3001"),
+        (2, "--rw write --number-ios 3000"),
+        (2, "--rw read --engine threads --number-ios 3000"),
+        (3, "--rw mixed --iodepth 8 --cache unsafe --number-ios 1000"),
+        (4, "--backing --iodepth 8 --cache unsafe --number-ios 1000"),
+    ] {
+        let line = format!("bench --queues {queues} --size 8M --runtime 60 {options}");
+        let result = folder.good(&line);
+        let requests = |result: &Value| result["requests"].as_u64().unwrap();
+        let each = result["queues"].as_array().unwrap();
+        assert_eq!(each.len(), queues, "{line}");
+        let sum: u64 = each.iter().map(requests).sum();
+        assert_eq!(requests(&result), sum, "{line}");
+        assert!(line.ends_with(&format!(" {sum}")), "{line}: {sum}");
+        assert_eq!(result["coroutines"]["created"], sum, "{line}");
+        assert_eq!(result["verified"]["blocks"], 2048, "{line}");
+        let is_mixed = options.contains("mixed") || options.contains("backing");
+        for kind in ["discards", "flushes"] {
+            let count = result[kind].as_u64().unwrap();
+            assert_eq!(count > 0, is_mixed, "{line}: {count} {kind}");
+        }
+    }
+    folder.assert_clean();
+}

@@ -27,14 +27,17 @@ pub enum Pattern {
     RandWrite,
     /// Both at random.
     RandRw,
+    /// Reads and writes of several blocks, discards and flushes, at random.
+    Mixed,
 }
 
-const PATTERNS: [(&str, Pattern); 5] = [
+const PATTERNS: [(&str, Pattern); 6] = [
     ("read", Pattern::Read),
     ("write", Pattern::Write),
     ("randread", Pattern::RandRead),
     ("randwrite", Pattern::RandWrite),
     ("randrw", Pattern::RandRw),
+    ("mixed", Pattern::Mixed),
 ];
 
 impl Pattern {
@@ -70,8 +73,12 @@ pub struct Config {
     pub read_share: u64,
     /// Bytes of a request, and of a block.
     pub block_size: usize,
-    /// Requests in flight.
+    /// Requests in flight, for each queue.
     pub depth: usize,
+    /// Threads that send requests, each with a loop of its own; `None` is the main loop alone.
+    pub queues: Option<usize>,
+    /// The image is an overlay of many small tables, half written, on a backing file that is full.
+    pub backing: bool,
     /// Size of the image to make, or how much of an existing one is used; `None` is all of it, or 1
     /// GiB.
     pub size: Option<u64>,
@@ -91,6 +98,19 @@ pub struct Config {
     pub json: bool,
     /// An existing image may be written.
     pub allow_write: bool,
+}
+
+/// Most bytes of a request of [`Pattern::Mixed`].
+const MIXED_BYTES: usize = 64 << 10;
+
+impl Config {
+    /// Most blocks that a request takes.
+    pub fn blocks_per_request(&self) -> usize {
+        match self.rw {
+            Pattern::Mixed => (MIXED_BYTES / self.block_size).max(1),
+            _ => 1,
+        }
+    }
 }
 
 fn command() -> Command {
@@ -115,7 +135,7 @@ fn command() -> Command {
                 .long("rw")
                 .value_name("PATTERN")
                 .value_parser(PossibleValuesParser::new(PATTERNS.map(|(name, _)| name)))
-                .help("What to do [default: randrw; randread for an existing image]"),
+                .help("What to do [default: randrw; mixed with --backing; randread for an existing image]"),
             Arg::new("rwmixread")
                 .long("rwmixread")
                 .value_name("PERCENT")
@@ -134,13 +154,24 @@ fn command() -> Command {
                 .value_parser(value_parser!(u32).range(1..=100_000))
                 .default_value("64")
                 .help("Requests in flight"),
+            Arg::new("queues")
+                .long("queues")
+                .value_name("N")
+                .value_parser(value_parser!(u32).range(1..=64))
+                .help("Threads that send requests, each with --iodepth of them [default: the main loop alone]"),
+            Arg::new("backing")
+                .long("backing")
+                .action(ArgAction::SetTrue)
+                .conflicts_with_all(["image", "format"])
+                .help("Make an overlay with many tables, half written, on a full backing file"),
             Arg::new("size")
                 .long("size")
                 .value_name("SIZE")
                 .value_parser(size)
-                .help("Size of the image to make, or how much of IMAGE is used [default: 1G; all]"),
+                .help("Size of the image to make, or how much of IMAGE is used [default: 1G, 256M with --backing; all]"),
             Arg::new("runtime")
                 .long("runtime")
+                .visible_alias("seconds")
                 .value_name("SECONDS")
                 .value_parser(seconds)
                 .default_value("10")
@@ -247,10 +278,11 @@ fn config(matches: &ArgMatches) -> Config {
         }
     }
     let image = matches.get_one::<PathBuf>("image").cloned();
-    let default = if image.is_some() {
-        Pattern::RandRead
-    } else {
-        Pattern::RandRw
+    let backing = matches.get_flag("backing");
+    let default = match (&image, backing) {
+        (Some(_), _) => Pattern::RandRead,
+        (None, true) => Pattern::Mixed,
+        (None, false) => Pattern::RandRw,
     };
     let rw = word(matches, "rw", &PATTERNS).unwrap_or(default);
     let verify = matches.get_one::<bool>("verify").copied();
@@ -260,6 +292,8 @@ fn config(matches: &ArgMatches) -> Config {
         read_share: value(matches, "rwmixread"),
         block_size: value(matches, "bs"),
         depth: value::<u32>(matches, "iodepth") as usize,
+        queues: matches.get_one::<u32>("queues").map(|&n| n as usize),
+        backing,
         size: matches.get_one::<u64>("size").copied(),
         runtime: value(matches, "runtime"),
         requests: matches.get_one::<u64>("number-ios").copied(),
@@ -322,6 +356,9 @@ mod tests {
         let existing = parse("coblock bench x.qcow2");
         assert_eq!((existing.rw, existing.verify), (Pattern::RandRead, false));
         assert!(parse("coblock bench x --verify").verify);
+        let mixed = parse("coblock bench --queues 4 --backing --seconds 60");
+        assert_eq!((mixed.rw, mixed.queues), (Pattern::Mixed, Some(4)));
+        assert_eq!(mixed.blocks_per_request(), 16);
         assert!(!parse("coblock bench --verify=false").verify);
         assert_eq!(
             parse("coblock bench --rw=read --runtime=2.5")
@@ -341,6 +378,8 @@ mod tests {
             "coblock bench --runtime=x",
             "coblock bench --cache=fast",
             "coblock bench --what",
+            "coblock bench --queues=0",
+            "coblock bench --backing x.qcow2",
         ] {
             assert!(
                 command().try_get_matches_from(words.split(' ')).is_err(),

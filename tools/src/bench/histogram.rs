@@ -41,6 +41,15 @@ impl Histogram {
         self.max_ns = self.max_ns.max(latency_ns);
     }
 
+    /// Counts what another one counted too.
+    pub fn add(&mut self, other: &Self) {
+        for (count, more) in self.counts.iter_mut().zip(other.counts.iter()) {
+            *count += more;
+        }
+        self.total += other.total;
+        self.max_ns = self.max_ns.max(other.max_ns);
+    }
+
     /// How many were counted.
     #[cfg(test)]
     pub fn total(&self) -> u64 {

@@ -2,6 +2,8 @@
 //!
 //! ```text
 //!   cli      what to do
+//!   image    what it runs on: found, or made and removed
+//!   queues   several loads at once, each in a thread of its own
 //!   load     many requests at once, each a coroutine; checked on the way        pattern: what a sector holds
 //!   verify   the image opened anew, all of it read                              ledger: what each block must hold
 //!   report   what came out                                                      histogram: latencies
@@ -9,16 +11,16 @@
 
 pub mod cli;
 mod histogram;
+mod image;
 mod ledger;
 mod load;
 mod pattern;
+mod queues;
 mod report;
 mod verify;
 
 use std::io::IsTerminal as _;
-use std::path::Path;
 use std::process::ExitCode;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -29,20 +31,18 @@ use coblock::qcow2::check::{self, CheckReport};
 use coblock::qcow2::image_file::ImageFile;
 use coblock::qcow2::{Qcow2, Qcow2Stats};
 use indicatif::{ProgressBar, ProgressStyle};
-use rustix::fs::FallocateFlags;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::explain::explain;
 use crate::open::{Engine, Session};
 use crate::output::{FAILURE, Output, os_message};
-use crate::spec::{Access, ImageSpec, Naming, could_not_open};
+use crate::spec::{Access, ImageSpec};
 use cli::Config;
+use image::Image;
 use ledger::Ledger;
 use report::Report;
 use verify::Tail;
 
-/// Size of an image that we make, unless told otherwise.
-const SIZE_DEFAULT: u64 = 1 << 30;
 /// How often the progress line changes.
 const PROGRESS: Duration = Duration::from_millis(100);
 
@@ -107,105 +107,6 @@ fn watch_signals() -> Result<Arc<AtomicBool>, String> {
     }
 }
 
-/// The image that the job runs on.
-struct Image {
-    spec: ImageSpec,
-    path: String,
-    /// Made by us, all zero.
-    new: bool,
-    /// Where it is, if it is temporary.
-    folder: Option<tempfile::TempDir>,
-}
-
-impl Image {
-    fn prepare(config: &Config) -> Result<Self, String> {
-        match &config.image {
-            Some(path) => Self::existing(config, path),
-            None => Self::make(config),
-        }
-    }
-
-    fn existing(config: &Config, path: &Path) -> Result<Self, String> {
-        let shown = path.to_string_lossy().into_owned();
-        if config.rw.writes() && !config.allow_write {
-            return Err(format!(
-                "{shown}: --rw={} would overwrite it; give --allow-write if that is what you want",
-                config.rw.name()
-            ));
-        }
-        let naming = Naming {
-            image_opts: false,
-            format: config.format.as_deref(),
-        };
-        let spec =
-            ImageSpec::new(path.as_os_str(), naming).map_err(|why| could_not_open(&shown, &why))?;
-        if spec.probed && spec.driver() == "raw" && config.rw.writes() {
-            return Err(format!(
-                "{shown}: it looks like a raw image; give --format=raw if it is one"
-            ));
-        }
-        Ok(Self {
-            spec,
-            path: shown,
-            new: false,
-            folder: None,
-        })
-    }
-
-    fn make(config: &Config) -> Result<Self, String> {
-        let size = config.size.unwrap_or(SIZE_DEFAULT);
-        let block = config.block_size as u64;
-        if size == 0 || !size.is_multiple_of(block) {
-            return Err(format!(
-                "--size={size} is not a multiple of --bs={block}, and above zero"
-            ));
-        }
-        let folder = tempfile::Builder::new()
-            .prefix("coblock-bench-")
-            .tempdir()
-            .map_err(|error| format!("temporary folder: {}", os_message(&error)))?;
-        let format = config.format.as_deref().unwrap_or("qcow2");
-        let path = folder
-            .path()
-            .join(format!("image.{format}"))
-            .to_string_lossy()
-            .into_owned();
-        crate::img::make_image(&path, format, size).map_err(|why| format!("{path}: {why}"))?;
-        let spec = ImageSpec::file(&path, format);
-        Ok(Self {
-            spec,
-            path,
-            new: true,
-            folder: Some(folder),
-        })
-    }
-}
-
-impl Image {
-    /// Removes a temporary image.
-    ///
-    /// Random writes leave a file of many small extents. Where the file system discards freed
-    /// blocks at once, each of them would cost a command to the disk, which takes minutes for a
-    /// gigabyte; unwritten extents merge, so that first.
-    fn remove(self, out: &Output) {
-        let Some(folder) = self.folder else { return };
-        if let Ok(file) = std::fs::OpenOptions::new().write(true).open(&self.path)
-            && let Ok(metadata) = file.metadata()
-            && metadata.len() > 0
-        {
-            // Only to be quicker: a file system that cannot do it removes the file as it is.
-            let _ = rustix::fs::fallocate(&file, FallocateFlags::ZERO_RANGE, 0, metadata.len());
-        }
-        let path = folder.path().to_string_lossy().into_owned();
-        if let Err(error) = folder.close() {
-            out.warning(format!(
-                "{path} could not be removed: {}",
-                os_message(&error)
-            ));
-        }
-    }
-}
-
 /// One run, with what it was asked for.
 struct Job<'c, 'i> {
     config: &'c Config,
@@ -216,7 +117,7 @@ struct Job<'c, 'i> {
 /// What a load leaves behind for those who look at the image afterwards.
 struct Loaded<'a> {
     report: Report<'a>,
-    ledger: Option<Ledger>,
+    ledger: Option<Arc<Ledger>>,
     tail: Tail,
 }
 
@@ -247,7 +148,17 @@ impl<'c> Job<'c, '_> {
     fn load(&self, out: &mut Output) -> Result<Loaded<'c>, String> {
         let config = self.config;
         let session = Session::new(config.engine)?;
-        let lay_out = self.image.new && !config.rw.writes();
+        let mut ledger = None;
+        if let Some(backing) = &self.image.backing {
+            match self.fill_backing(&session, backing) {
+                Ok(filled) => ledger = Some(filled),
+                Err(why) => {
+                    session.close();
+                    return Err(why);
+                }
+            }
+        }
+        let lay_out = self.image.new && ledger.is_none() && !config.rw.writes();
         let access = Access {
             write: config.rw.writes() || lay_out,
             cache: config.cache,
@@ -257,13 +168,13 @@ impl<'c> Job<'c, '_> {
             .home
             .run(|co| session.open(co, &self.image.spec, access));
         let backend = match opened {
-            Ok(backend) => Rc::new(backend),
+            Ok(backend) => Arc::new(backend),
             Err(error) => {
                 session.close();
                 return Err(self.image.spec.could_not_open(&error));
             }
         };
-        let result = self.load_on(&session, &backend, lay_out, out);
+        let result = self.load_on(&session, &backend, (ledger, lay_out), out);
         let closed = session.home.run(|co| backend.close(co));
         drop(backend);
         session.close();
@@ -281,8 +192,8 @@ impl<'c> Job<'c, '_> {
     fn load_on(
         &self,
         session: &Session,
-        backend: &Rc<BlockBackend>,
-        lay_out: bool,
+        backend: &Arc<BlockBackend>,
+        (filled, lay_out): (Option<Arc<Ledger>>, bool),
         out: &mut Output,
     ) -> Result<Loaded<'c>, String> {
         let config = self.config;
@@ -297,10 +208,18 @@ impl<'c> Job<'c, '_> {
                 "{path}: {used} bytes are not one block of {block_size}"
             ));
         }
-        let (mut ledger, tail) = self.ledger(session, backend)?;
+        let (mut ledger, tail) = match filled {
+            Some(ledger) => {
+                self.warm_up(session, backend, &ledger)?;
+                (Some(ledger), Tail::default())
+            }
+            None => self.ledger(session, backend)?,
+        };
         if lay_out {
-            ledger = self.lay_out(session, backend, blocks, ledger)?;
+            let ledger = ledger.get_or_insert(self.new_ledger(blocks)?);
+            self.lay_out(session, backend, ledger)?;
         }
+        let ledger = ledger.filter(|_| config.rw.writes() || config.verify);
         let engine = session.home.context().engine_name();
         let format = self.image.spec.driver().to_owned();
         if !config.json {
@@ -311,16 +230,28 @@ impl<'c> Job<'c, '_> {
         let (cpu_before, coroutines_before) = (cpu_time(), coroutine::stats());
         let counted_before = qcow2_stats(backend);
         let target = load::Target {
-            session,
             backend: backend.clone(),
             path,
             blocks,
-            ledger,
+            ledger: ledger.clone(),
+            queue: 0,
+            requests: config.requests,
             interrupted: self.interrupted,
         };
-        let (outcome, ledger) = load::run(config, target, |time, done| progress.show(time, done))?;
+        let show = |time, done| progress.show(time, done);
+        let (outcome, queues) = match config.queues {
+            None => (load::run(config, &session.home, target, show)?, Vec::new()),
+            Some(count) => queues::run(config, &session.home, &target, count, show)?,
+        };
         let cpu = cpu_time().saturating_sub(cpu_before);
-        let coroutines = since(coroutine::stats(), coroutines_before);
+        let mut coroutines = since(coroutine::stats(), coroutines_before);
+        for queue in &queues {
+            coroutines.created += queue.coroutines.created;
+            coroutines.reused += queue.coroutines.reused;
+            coroutines.finished += queue.coroutines.finished;
+            coroutines.switches += queue.coroutines.switches;
+            coroutines.stale_wakes += queue.coroutines.stale_wakes;
+        }
         progress.clear();
         let report = Report {
             config,
@@ -328,6 +259,7 @@ impl<'c> Job<'c, '_> {
             used,
             engine,
             outcome,
+            queues,
             cpu,
             coroutines,
             qcow2: qcow2_stats(backend).map(|now| counted(now, counted_before.unwrap_or_default())),
@@ -347,59 +279,105 @@ impl<'c> Job<'c, '_> {
     fn ledger(
         &self,
         session: &Session,
-        backend: &Rc<BlockBackend>,
-    ) -> Result<(Option<Ledger>, Tail), String> {
+        backend: &Arc<BlockBackend>,
+    ) -> Result<(Option<Arc<Ledger>>, Tail), String> {
         let config = self.config;
         if !config.rw.writes() && !config.verify {
             return Ok((None, Tail::default()));
         }
         let blocks = usize::try_from(backend.len() / config.block_size as u64);
-        let no_memory = |bytes: usize| format!("no memory for {bytes} bytes that describe blocks");
-        let mut ledger = Ledger::new(blocks.unwrap_or(usize::MAX), config.block_size, config.seed)
-            .map_err(no_memory)?;
+        let blocks = blocks.unwrap_or(usize::MAX);
         if self.image.new || !config.verify {
-            return Ok((Some(ledger), Tail::default()));
+            return Ok((Some(self.new_ledger(blocks)?), Tail::default()));
         }
+        let mut ledger = Ledger::new(blocks, config.block_size, config.seed).map_err(no_memory)?;
         ledger.expect_content().map_err(no_memory)?;
         let (ledger, tail) = verify::remember(session, backend, ledger)
             .map_err(|why| format!("{}: {why}", self.image.path))?;
-        Ok((Some(ledger), tail))
+        Ok((Some(Arc::new(ledger)), tail))
     }
 
-    /// Fills a new image that will only be read: every block once.
+    fn new_ledger(&self, blocks: usize) -> Result<Arc<Ledger>, String> {
+        let config = self.config;
+        let ledger = Ledger::new(blocks, config.block_size, config.seed).map_err(no_memory)?;
+        Ok(Arc::new(ledger))
+    }
+
+    /// Fills the empty image that shall be below.
+    fn fill_backing(&self, session: &Session, spec: &ImageSpec) -> Result<Arc<Ledger>, String> {
+        let access = Access {
+            write: true,
+            cache: self.config.cache,
+            ..Access::READ
+        };
+        let opened = session.home.run(|co| session.open(co, spec, access));
+        let backend = Arc::new(opened.map_err(|error| spec.could_not_open(&error))?);
+        let blocks = backend.len() / self.config.block_size as u64;
+        let filled = self
+            .new_ledger(usize::try_from(blocks).unwrap_or(usize::MAX))
+            .and_then(|ledger| self.lay_out(session, &backend, &ledger).map(|()| ledger));
+        let closed = session.home.run(|co| backend.close(co));
+        let filled = filled?;
+        closed.map_err(|error| format!("{}: close: {}", spec.shown, explain(&error)))?;
+        Ok(filled)
+    }
+
+    /// Fills a new image: every block once.
     fn lay_out(
         &self,
         session: &Session,
-        backend: &Rc<BlockBackend>,
-        blocks: usize,
-        ledger: Option<Ledger>,
-    ) -> Result<Option<Ledger>, String> {
+        backend: &Arc<BlockBackend>,
+        ledger: &Arc<Ledger>,
+    ) -> Result<(), String> {
+        self.write_some(session, backend, ledger, (cli::Pattern::Write, 1))
+    }
+
+    /// Gives about two in five clusters of an overlay a place.
+    fn warm_up(
+        &self,
+        session: &Session,
+        backend: &Arc<BlockBackend>,
+        ledger: &Arc<Ledger>,
+    ) -> Result<(), String> {
+        self.write_some(session, backend, ledger, (cli::Pattern::RandWrite, 4))
+    }
+
+    /// Writes one in `share` of the blocks, not measured.
+    fn write_some(
+        &self,
+        session: &Session,
+        backend: &Arc<BlockBackend>,
+        ledger: &Arc<Ledger>,
+        (rw, share): (cli::Pattern, usize),
+    ) -> Result<(), String> {
         let mut config = self.config.clone();
-        config.rw = cli::Pattern::Write;
-        config.requests = Some(blocks as u64);
+        config.rw = rw;
+        config.queues = None;
         config.runtime = Duration::MAX;
-        let ledger = match ledger {
-            Some(ledger) => ledger,
-            None => Ledger::new(blocks, config.block_size, config.seed)
-                .map_err(|bytes| format!("no memory for {bytes} bytes that describe blocks"))?,
-        };
+        let blocks = ledger.blocks();
         let target = load::Target {
-            session,
             backend: backend.clone(),
             path: &self.image.path,
             blocks,
-            ledger: Some(ledger),
+            ledger: Some(ledger.clone()),
+            queue: 0,
+            requests: Some((blocks / share) as u64),
             interrupted: self.interrupted,
         };
-        let (outcome, ledger) = load::run(&config, target, |_, _| {})?;
+        let outcome = load::run(&config, &session.home, target, |_, _| {})?;
         match outcome.messages.into_iter().next() {
             Some(message) => Err(message),
-            None => Ok(ledger.filter(|_| self.config.verify)),
+            None => Ok(()),
         }
     }
 
     /// Opens the image anew, with nothing shared, and checks all that it holds.
-    fn verify(&self, report: &mut Report<'c>, ledger: Ledger, tail: Tail) -> Result<(), String> {
+    fn verify(
+        &self,
+        report: &mut Report<'c>,
+        ledger: Arc<Ledger>,
+        tail: Tail,
+    ) -> Result<(), String> {
         let began = Instant::now();
         let session = Session::new(self.config.engine)?;
         let access = Access {
@@ -410,7 +388,7 @@ impl<'c> Job<'c, '_> {
             .home
             .run(|co| session.open(co, &self.image.spec, access));
         let backend = match opened {
-            Ok(backend) => Rc::new(backend),
+            Ok(backend) => Arc::new(backend),
             Err(error) => {
                 session.close();
                 return Err(self.image.spec.could_not_open(&error));
@@ -418,14 +396,7 @@ impl<'c> Job<'c, '_> {
         };
         let blocks = ledger.blocks() as u64;
         let before = std::mem::take(&mut report.outcome);
-        let result = verify::verify(
-            &session,
-            &backend,
-            &self.image.path,
-            Rc::new(ledger),
-            tail,
-            before,
-        );
+        let result = verify::verify(&session, &backend, &self.image.path, ledger, tail, before);
         let closed = session.home.run(|co| backend.close(co));
         drop(backend);
         session.close();
@@ -452,6 +423,10 @@ impl<'c> Job<'c, '_> {
         session.close();
         result.map_err(|error| format!("{}: check: {}", self.image.path, explain(&error)))
     }
+}
+
+fn no_memory(bytes: usize) -> String {
+    format!("no memory for {bytes} bytes that describe blocks")
 }
 
 /// CPU time of this process so far, its kernel workers included.

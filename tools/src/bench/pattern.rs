@@ -118,7 +118,7 @@ pub fn is_mixture(
     sector: &[u8; SECTOR],
     offset: u64,
     seed: u64,
-    versions: std::ops::RangeInclusive<u64>,
+    versions: impl Iterator<Item = u64>,
 ) -> bool {
     let mut possible = [false; SECTOR];
     let mut version = [0; SECTOR];

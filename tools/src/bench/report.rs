@@ -8,6 +8,7 @@ use coblock::qcow2::check::CheckReport;
 
 use super::cli::Config;
 use super::load::Outcome;
+use super::queues::Queue;
 use crate::json::Json;
 use crate::output::human_size;
 
@@ -23,6 +24,8 @@ pub struct Report<'a> {
     pub engine: &'static str,
     /// What the load did.
     pub outcome: Outcome,
+    /// What each queue did, if there were any.
+    pub queues: Vec<Queue>,
     /// CPU time of the process during the load, kernel workers included.
     pub cpu: Duration,
     /// What coroutines did during the load.
@@ -45,6 +48,16 @@ fn float(count: u64) -> f64 {
     count as f64
 }
 
+/// So many a second.
+fn rate(count: u64, time: Duration) -> f64 {
+    let seconds = time.as_secs_f64();
+    if seconds > 0.0 {
+        float(count) / seconds
+    } else {
+        0.0
+    }
+}
+
 impl Report<'_> {
     /// True when nothing is wrong.
     pub fn is_good(&self) -> bool {
@@ -55,12 +68,7 @@ impl Report<'_> {
     }
 
     fn iops(&self) -> f64 {
-        let seconds = self.outcome.elapsed.as_secs_f64();
-        if seconds > 0.0 {
-            float(self.outcome.requests()) / seconds
-        } else {
-            0.0
-        }
+        rate(self.outcome.requests(), self.outcome.elapsed)
     }
 
     fn bytes_per_second(&self) -> f64 {
@@ -102,6 +110,8 @@ impl Report<'_> {
             ),
             ("reads", outcome.reads.into()),
             ("writes", outcome.writes.into()),
+            ("discards", outcome.discards.into()),
+            ("flushes", outcome.flushes.into()),
             ("runtime_ns", nanoseconds(outcome.elapsed)),
             ("cpu_ns", nanoseconds(self.cpu)),
             ("interrupted", self.interrupted.into()),
@@ -120,6 +130,17 @@ impl Report<'_> {
                 ]),
             ),
         ];
+        if !self.queues.is_empty() {
+            let queue = |queue: &Queue| {
+                Json::object([
+                    ("iops", number(rate(queue.requests, queue.elapsed))),
+                    ("requests", queue.requests.into()),
+                    ("runtime_ns", nanoseconds(queue.elapsed)),
+                ])
+            };
+            let queues = self.queues.iter().map(queue).collect();
+            members.push(("queues", Json::List(queues)));
+        }
         if let Some(stats) = self.qcow2 {
             members.push((
                 "qcow2",
@@ -155,10 +176,14 @@ impl Report<'_> {
         let latency = |permille| micros(outcome.latency.percentile_ns(permille));
         let mut lines = vec![
             format!(
-                "requests    {} ({} reads, {} writes) in {:.2} s, {} failed",
+                "requests    {} ({} reads, {} writes{}) in {:.2} s, {} failed",
                 outcome.requests(),
                 outcome.reads,
                 outcome.writes,
+                match (outcome.discards, outcome.flushes) {
+                    (0, 0) => String::new(),
+                    (discards, flushes) => format!(", {discards} discards, {flushes} flushes"),
+                },
                 outcome.elapsed.as_secs_f64(),
                 outcome.errors
             ),
@@ -186,6 +211,12 @@ impl Report<'_> {
                 self.coroutines.stacks_mapped
             ),
         ];
+        if !self.queues.is_empty() {
+            let each = self.queues.iter();
+            let each = each.map(|queue| format!("{:.0}", rate(queue.requests, queue.elapsed)));
+            let each: Vec<_> = each.collect();
+            lines.insert(2, format!("queues      {} IOPS", each.join(", ")));
+        }
         if let Some(stats) = self.qcow2 {
             let all =
                 counters(&stats).map(|(key, value)| format!("{} {value}", key.replace('_', " ")));
@@ -224,8 +255,12 @@ impl Report<'_> {
 
     /// The line that is printed before anything is measured.
     pub fn headline(config: &Config, format: &str, used: u64, engine: &str) -> String {
+        let queues = match config.queues {
+            None => String::new(),
+            Some(count) => format!("{count} queues of "),
+        };
         format!(
-            "{}, {} requests of {}, {format} image, {}, {engine}, cache {}, seed {}",
+            "{}, {queues}{} requests of {}, {format} image, {}, {engine}, cache {}, seed {}",
             config.rw.name(),
             config.depth,
             human_size(config.block_size as u64),

@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use coblock::aio::AlignedBuf;
 use coblock::block::BlockBackend;
@@ -19,7 +20,7 @@ const PIECE: usize = 1 << 20;
 
 /// What the readers share.
 struct Readers<V> {
-    backend: Rc<BlockBackend>,
+    backend: Arc<BlockBackend>,
     len: u64,
     next: Cell<u64>,
     visit: RefCell<V>,
@@ -53,7 +54,7 @@ impl<V: FnMut(u64, &[u8])> Readers<V> {
 /// The first that reading returned, or no memory.
 fn read_all<V: FnMut(u64, &[u8]) + 'static>(
     session: &Session,
-    backend: &Rc<BlockBackend>,
+    backend: &Arc<BlockBackend>,
     block_size: usize,
     visit: V,
 ) -> Result<V, String> {
@@ -101,7 +102,7 @@ pub struct Tail(Option<u64>);
 /// What reading returned, or no memory.
 pub fn remember(
     session: &Session,
-    backend: &Rc<BlockBackend>,
+    backend: &Arc<BlockBackend>,
     ledger: Ledger,
 ) -> Result<(Ledger, Tail), String> {
     let block_size = ledger.block_size();
@@ -131,9 +132,9 @@ pub fn remember(
 /// What reading returned, or no memory.
 pub fn verify(
     session: &Session,
-    backend: &Rc<BlockBackend>,
+    backend: &Arc<BlockBackend>,
     path: &str,
-    ledger: Rc<Ledger>,
+    ledger: Arc<Ledger>,
     tail_before: Tail,
     outcome: Outcome,
 ) -> Result<Outcome, String> {

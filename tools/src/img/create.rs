@@ -579,14 +579,22 @@ fn no_copy_on_write(file: &File) {
     }
 }
 
-/// Makes an image with default options, for our own use.
+/// Makes an image for our own use; options that are not given have their defaults.
 ///
 /// # Errors
 /// What went wrong, in words.
-pub fn make_image(path: &str, format: &str, size: u64) -> Result<(), String> {
+pub fn make_image(
+    path: &str,
+    format: &str,
+    size: u64,
+    given: &[(&str, &str)],
+) -> Result<(), String> {
     let made = made(format)?;
     let mut options = CreateOptions::new(if made == Made::Qcow2 { QCOW2 } else { RAW }, FILE);
     options.set("size", &size.to_string())?;
+    for (key, value) in given {
+        options.set(key, value)?;
+    }
     let session = Session::new(Engine::Auto)?;
     let result = make(&session, made, format, path, &options);
     session.close();
