@@ -8,8 +8,10 @@
 use crate::bottom_half::Work;
 use crate::context::AioContext;
 use crate::home::Core;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
+use std::panic::Location;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,6 +21,47 @@ thread_local! {
     /// So each look at it is a load, not a call that asks whether the thread is ending.
     static CURRENT: RefCell<ManuallyDrop<Option<Rc<Core>>>> =
         const { RefCell::new(ManuallyDrop::new(None)) };
+}
+
+thread_local! {
+    /// Where the thread entered something in which it must not poll, and what that is.
+    static STILL: Cell<Option<(&'static str, &'static Location<'static>)>> = const { Cell::new(None) };
+}
+
+/// While it lives, its thread does not poll; see [`refuse_polls`].
+#[must_use = "polls are refused until it is dropped"]
+#[derive(Debug)]
+pub struct RefusePolls {
+    before: Option<(&'static str, &'static Location<'static>)>,
+    on_its_thread: PhantomData<*const ()>,
+}
+
+/// Every poll of the calling thread panics until the guard is dropped, and names `what` and where
+/// this was called.
+#[track_caller]
+pub fn refuse_polls(what: &'static str) -> RefusePolls {
+    RefusePolls {
+        before: STILL.replace(Some((what, Location::caller()))),
+        on_its_thread: PhantomData,
+    }
+}
+
+impl Drop for RefusePolls {
+    fn drop(&mut self) {
+        STILL.set(self.before);
+    }
+}
+
+/// A thread is about to poll.
+#[inline]
+#[track_caller]
+pub(crate) fn may_poll(context: &AioContext) {
+    if let Some((what, at)) = STILL.get() {
+        panic!(
+            "poll of context '{}' inside of {at}: {what}",
+            context.name()
+        );
+    }
 }
 
 /// Makes the thread drive `core`; gives back what it drove before.

@@ -408,7 +408,9 @@ impl Core {
             .min()
     }
 
+    #[track_caller]
     fn pass(&self, blocking: bool, consume: bool) -> bool {
+        current::may_poll(&self.context);
         self.passes.set(self.passes.get() + 1);
         let context = &self.context;
         let mut timeout = if blocking { self.timeout_ns() } else { Some(0) };

@@ -83,7 +83,7 @@ pub use bottom_half::BottomHalf;
 pub use buf::{AlignedBuf, AtomicWords, Gather, IoVec, IoVecMut, RawSegment, Scatter, Segments};
 pub use clock::{Clock, VirtualClock};
 pub use context::{AioContext, ContextOptions, EngineKind, Park, RingDelivery};
-pub use current::{current, current_id};
+pub use current::{RefusePolls, current, current_id, refuse_polls};
 pub use fd_handler::FdHandler;
 pub use home::{Home, LoopStats, poll, spawn};
 pub use iothread::IoThread;

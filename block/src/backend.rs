@@ -10,12 +10,12 @@ pub use root::Device;
 use crate::drain::{Busy, Parent};
 use crate::driver::Precision;
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Graph, GraphRead};
+use crate::graph::{Graph, GraphAccess, GraphRead};
 use crate::io::Status;
 use crate::node::{Node, close_unused};
 use crate::request_table::{RequestKind, RequestTable, Tracked};
 use crate::throttle::ThrottleGroup;
-use crate::types::{Preallocation, RequestFlags, bytes};
+use crate::types::{Permissions, Preallocation, RequestFlags, bytes};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use root::{Resuming, Root};
@@ -29,34 +29,63 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// call them (rule 7.7).
 pub struct BlockBackend {
     graph: Arc<Graph>,
-    node: Arc<Node>,
     root: Arc<Root>,
     /// Set when the handle has given up its node.
     detached: AtomicBool,
 }
 
 impl BlockBackend {
-    /// A user of `node`. Give it back by [`BlockBackend::close`].
+    /// A user of `node`, give it back by [`BlockBackend::close`]. The first one of a node does what the
+    /// node was opened for; later ones read, write what is not read-only, and let others do anything.
+    ///
+    /// # Panics
+    /// When another user of the node does not let it: see [`BlockBackend::with_permissions`].
+    #[track_caller]
     pub fn new(graph: &Arc<Graph>, node: Arc<Node>) -> BlockBackend {
-        let root = Root::new(format!("a backend of node '{}'", node.name()));
-        let parent: Arc<dyn Parent> = root.clone();
-        node.add_user(&parent);
-        BlockBackend {
-            graph: graph.clone(),
-            node,
-            root,
-            detached: AtomicBool::new(false),
-        }
+        let permissions = node.for_user();
+        BlockBackend::with_permissions(graph, node, permissions)
+            .unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// The node that is used.
-    pub fn node(&self) -> &Arc<Node> {
-        &self.node
+    /// A user of `node` that does and shares what `permissions` say.
+    ///
+    /// # Errors
+    /// `Conflict` when another user of the node, or of one below, does not let it; what a driver
+    /// says, `Locked` for one. Nothing has changed then.
+    #[track_caller]
+    pub fn with_permissions(
+        graph: &Arc<Graph>,
+        node: Arc<Node>,
+        permissions: Permissions,
+    ) -> Result<BlockBackend> {
+        let root = Root::new(graph, node.clone(), permissions);
+        let parent: Arc<dyn Parent> = root.clone();
+        node.add_user(&parent)?;
+        Ok(BlockBackend {
+            graph: graph.clone(),
+            root,
+            detached: AtomicBool::new(false),
+        })
+    }
+
+    /// The node that is used now; a change of the graph may put another one there.
+    pub fn node(&self) -> Arc<Node> {
+        self.root.end.now()
+    }
+
+    /// The node that a request goes to.
+    #[inline(always)]
+    pub(crate) fn node_in<'g>(&'g self, graph: &'g impl GraphAccess) -> &'g Arc<Node> {
+        self.root.end.get(graph)
     }
 
     /// The graph that the node is in.
     pub fn graph(&self) -> &Arc<Graph> {
         &self.graph
+    }
+
+    pub(crate) fn as_parent(&self) -> Arc<dyn Parent> {
+        self.root.clone()
     }
 
     pub(crate) fn requests(&self) -> &RequestTable {
@@ -65,7 +94,7 @@ impl BlockBackend {
 
     /// Length in bytes.
     pub fn len(&self) -> u64 {
-        self.node.len()
+        self.node().len()
     }
 
     /// Is it zero bytes long?
@@ -75,7 +104,7 @@ impl BlockBackend {
 
     /// Are writes refused?
     pub fn is_read_only(&self) -> bool {
-        self.node.is_read_only()
+        self.node().is_read_only()
     }
 
     /// How many requests of this user are in flight (rule 5.7).
@@ -107,7 +136,7 @@ impl BlockBackend {
         let len = bytes(buf.len());
         let admitted = self.admit(co, (offset, len), RequestKind::Read)?;
         self.check(&admitted, offset, len)?;
-        self.node
+        self.node_in(&admitted.graph)
             .pread(co, &admitted.graph, offset, buf, RequestFlags::empty())
     }
 
@@ -130,7 +159,8 @@ impl BlockBackend {
         let len = bytes(buf.len());
         let admitted = self.admit(co, (offset, len), RequestKind::Write)?;
         self.check(&admitted, offset, len)?;
-        self.node.pwrite(co, &admitted.graph, offset, buf, flags)
+        let node = self.node_in(&admitted.graph);
+        node.pwrite(co, &admitted.graph, offset, buf, flags)
     }
 
     /// Write, then flush (rule 2.2): one operation, in that order. It orders nothing that came
@@ -142,9 +172,9 @@ impl BlockBackend {
         let buf = buf.into();
         let len = bytes(buf.len());
         self.other(co, RequestKind::Write, (offset, len), |graph| {
-            self.node
-                .pwrite(co, graph, offset, buf, RequestFlags::empty())?;
-            self.node.flush(co, graph)
+            let node = self.node_in(graph);
+            node.pwrite(co, graph, offset, buf, RequestFlags::empty())?;
+            node.flush(co, graph)
         })
     }
 
@@ -154,7 +184,8 @@ impl BlockBackend {
     /// As [`BlockBackend::pwrite`]; `NotSupported` with [`RequestFlags::NO_FALLBACK`].
     pub fn pwrite_zeroes(&self, co: &Co, offset: u64, len: u64, flags: RequestFlags) -> Result<()> {
         self.other(co, RequestKind::Write, (offset, len), |graph| {
-            self.node.pwrite_zeroes(co, graph, offset, len, flags)
+            self.node_in(graph)
+                .pwrite_zeroes(co, graph, offset, len, flags)
         })
     }
 
@@ -165,7 +196,7 @@ impl BlockBackend {
     /// As [`BlockBackend::pwrite`].
     pub fn pdiscard(&self, co: &Co, offset: u64, len: u64) -> Result<()> {
         self.other(co, RequestKind::Discard, (offset, len), |graph| {
-            self.node.pdiscard(co, graph, offset, len)
+            self.node_in(graph).pdiscard(co, graph, offset, len)
         })
     }
 
@@ -201,11 +232,13 @@ impl BlockBackend {
     ) -> Result<()> {
         if !Arc::ptr_eq(&self.graph, &to.graph) {
             let message = "The two ends of a copy are in different graphs";
-            return Err(self.node.locate(Error::new(ErrorKind::Invalid, message)));
+            return Err(self
+                .node_in(graph)
+                .locate(Error::new(ErrorKind::Invalid, message)));
         }
-        to.check_range(to.root.requests.is_closed(), to_offset, len)?;
-        self.node
-            .copy_range(co, graph, offset, (&to.node, to_offset), len)
+        to.check_range(graph, to.root.requests.is_closed(), to_offset, len)?;
+        self.node_in(graph)
+            .copy_range(co, graph, offset, (to.node_in(graph), to_offset), len)
     }
 
     /// Everything that completed before is on stable storage when this returns. Nothing to do on a
@@ -215,7 +248,7 @@ impl BlockBackend {
     /// What the driver returned; `Poisoned` from then on; `Closed`.
     pub fn flush(&self, co: &Co) -> Result<()> {
         self.other(co, RequestKind::Other, (0, 0), |graph| {
-            self.node.flush(co, graph)
+            self.node_in(graph).flush(co, graph)
         })
     }
 
@@ -227,7 +260,7 @@ impl BlockBackend {
     /// what the driver returned.
     pub fn truncate(&self, co: &Co, len: u64, exact: bool) -> Result<()> {
         self.other(co, RequestKind::Truncate, (0, 0), |graph| {
-            self.node.truncate(co, graph, len, exact)
+            self.node_in(graph).truncate(co, graph, len, exact)
         })
     }
 
@@ -239,7 +272,8 @@ impl BlockBackend {
     /// for a way that the driver does not have.
     pub fn grow_preallocated(&self, co: &Co, len: u64, preallocation: Preallocation) -> Result<()> {
         self.other(co, RequestKind::Truncate, (0, 0), |graph| {
-            self.node.grow_preallocated(co, graph, len, preallocation)
+            self.node_in(graph)
+                .grow_preallocated(co, graph, len, preallocation)
         })
     }
 
@@ -253,7 +287,9 @@ impl BlockBackend {
     /// # Errors
     /// `Closed`, else what a driver returned.
     pub fn block_status(&self, co: &Co, offset: u64, len: u64) -> Result<Status> {
-        self.question(co, |graph| self.node.block_status(co, graph, (offset, len)))
+        self.question(co, |graph| {
+            self.node_in(graph).block_status(co, graph, (offset, len))
+        })
     }
 
     /// The same of the layer that decides what is read, with how deep in the chain it is. Where no
@@ -263,7 +299,9 @@ impl BlockBackend {
     /// # Errors
     /// As [`BlockBackend::block_status`].
     pub fn map(&self, co: &Co, offset: u64, len: u64) -> Result<Status> {
-        self.question(co, |graph| self.node.map(co, graph, (offset, len)))
+        self.question(co, |graph| {
+            self.node_in(graph).map(co, graph, (offset, len))
+        })
     }
 
     /// The status of the first bytes of the range in the first layer that holds them, from this one
@@ -289,7 +327,9 @@ impl BlockBackend {
     /// # Errors
     /// As [`BlockBackend::block_status`].
     pub fn is_allocated(&self, co: &Co, offset: u64, len: u64) -> Result<(bool, u64)> {
-        let status = self.question(co, |graph| self.node.is_allocated(co, graph, (offset, len)))?;
+        let status = self.question(co, |graph| {
+            self.node_in(graph).is_allocated(co, graph, (offset, len))
+        })?;
         Ok((status.allocated, status.len))
     }
 
@@ -316,7 +356,7 @@ impl BlockBackend {
         precision: Precision,
     ) -> Result<Status> {
         self.question(co, |graph| {
-            self.node
+            self.node_in(graph)
                 .block_status_above(co, graph, base, range, precision)
         })
     }
@@ -326,14 +366,14 @@ impl BlockBackend {
     /// # Errors
     /// `NotSupported` where nobody knows.
     pub fn allocated_bytes(&self, co: &Co) -> Result<u64> {
-        self.question(co, |graph| self.node.allocated_bytes(co, graph))
+        self.question(co, |graph| self.node_in(graph).allocated_bytes(co, graph))
     }
 
     /// What is about no bytes, so that there is nothing to check.
     fn question<R>(&self, co: &Co, f: impl FnOnce(&GraphRead<'_>) -> Result<R>) -> Result<R> {
         let admitted = self.admit(co, (0, 0), RequestKind::Other)?;
         if admitted.closed {
-            return Err(self.refused(true, 0, 0));
+            return Err(self.refused(&admitted.graph, true, 0, 0));
         }
         f(&admitted.graph)
     }
@@ -399,7 +439,7 @@ impl BlockBackend {
             resuming = self.root.wait_as_request(co);
         };
         drop(resuming);
-        let fits = self.check_range(requests.is_closed(), offset, len);
+        let fits = self.check_range(&graph, requests.is_closed(), offset, len);
         if fits.is_ok() {
             self.root.throttle(co, kind, len);
         }
@@ -427,10 +467,9 @@ impl BlockBackend {
                 .requests()
                 .begin(slot, to_offset, range.1, RequestKind::Write);
             if to.requests().is_plain() || !to.root.must_queue() {
-                if to
-                    .check_range(to.root.requests.is_closed(), to_offset, range.1)
-                    .is_ok()
-                {
+                let closed = to.root.requests.is_closed();
+                let fits = to.check_range(&source.graph, closed, to_offset, range.1);
+                if fits.is_ok() {
                     to.root.throttle(co, RequestKind::Write, range.1);
                 }
                 return Ok(AdmittedBoth { target, source });
@@ -441,31 +480,35 @@ impl BlockBackend {
     /// What a disk checks: is it there, and does it have these bytes?
     #[inline]
     pub(crate) fn check(&self, admitted: &Admitted<'_>, offset: u64, len: u64) -> Result<()> {
-        self.check_range(admitted.closed, offset, len)
+        self.check_range(&admitted.graph, admitted.closed, offset, len)
     }
 
     #[inline]
-    fn check_range(&self, closed: bool, offset: u64, len: u64) -> Result<()> {
-        let size = self.node.len();
+    fn check_range(
+        &self,
+        graph: &GraphRead<'_>,
+        closed: bool,
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        let size = self.node_in(graph).len();
         if !closed && offset <= size && len <= size - offset {
             return Ok(());
         }
-        Err(self.refused(closed, offset, len))
+        Err(self.refused(graph, closed, offset, len))
     }
 
     #[cold]
-    fn refused(&self, closed: bool, offset: u64, len: u64) -> Error {
+    fn refused(&self, graph: &GraphRead<'_>, closed: bool, offset: u64, len: u64) -> Error {
+        let node = self.node_in(graph);
         if closed {
-            return self
-                .node
-                .locate(Error::new(ErrorKind::Closed, "The block backend is closed"));
+            return node.locate(Error::new(ErrorKind::Closed, "The block backend is closed"));
         }
         let message = format!(
             "{len} bytes are not inside a device of {} bytes",
-            self.len()
+            node.len()
         );
-        self.node
-            .locate(Error::new(ErrorKind::OutOfBounds, message).at_offset(offset))
+        node.locate(Error::new(ErrorKind::OutOfBounds, message).at_offset(offset))
     }
 
     /// Refuses new requests, waits until none is in flight, and gives up the node; its last user
@@ -480,19 +523,19 @@ impl BlockBackend {
         self.root.open();
         self.root.set_throttle(None);
         self.root.requests.wait_idle(co);
-        if self.detach() {
-            close_unused(co, &self.graph, self.node.clone())
-        } else {
-            Ok(())
+        match self.detach() {
+            Some(node) => close_unused(co, &self.graph, node),
+            None => Ok(()),
         }
     }
 
-    /// `true` if the node has no user any more.
-    fn detach(&self) -> bool {
-        !self.detached.swap(true, Ordering::AcqRel)
-            && self
-                .node
-                .remove_user(&*self.root, |section| self.root.let_go(section))
+    /// The node, if it has no user any more.
+    fn detach(&self) -> Option<Arc<Node>> {
+        if self.detached.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        let root = &*self.root;
+        root.end.leave(root, |section| root.let_go(section))
     }
 }
 
@@ -584,11 +627,10 @@ pub(crate) struct AdmittedBoth<'a> {
 impl Drop for BlockBackend {
     /// Without [`BlockBackend::close`] nothing is written out: a destructor does no I/O.
     fn drop(&mut self) {
-        if self.detach() && !self.node.is_read_only() {
-            log::warn!(
-                "{:?} was dropped without close: what it held back is lost",
-                self.node
-            );
+        if let Some(node) = self.detach()
+            && !node.is_read_only()
+        {
+            log::warn!("{node:?} was dropped without close: what it held back is lost");
         }
     }
 }
@@ -596,7 +638,7 @@ impl Drop for BlockBackend {
 impl fmt::Debug for BlockBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BlockBackend")
-            .field("node", &self.node)
+            .field("node", &self.node())
             .field("requests", &self.root.requests)
             .finish_non_exhaustive()
     }

@@ -179,7 +179,7 @@ impl BlockBackend {
         let read = move |backend: &BlockBackend, co: &Co, graph: &GraphRead<'_>, buf: &mut B| {
             let buf = IoVecMut::from(&mut buf[..]);
             let none = RequestFlags::empty();
-            backend.node().pread(co, graph, offset, buf, none)
+            backend.node_in(graph).pread(co, graph, offset, buf, none)
         };
         self.submit((RequestKind::Read, range, None), buf, read, done)
     }
@@ -199,7 +199,7 @@ impl BlockBackend {
         let range = (offset, bytes(buf.len()));
         let write = move |backend: &BlockBackend, co: &Co, graph: &GraphRead<'_>, buf: &mut B| {
             let buf = IoVec::from(&buf[..]);
-            backend.node().pwrite(co, graph, offset, buf, flags)
+            backend.node_in(graph).pwrite(co, graph, offset, buf, flags)
         };
         self.submit((RequestKind::Write, range, None), buf, write, done)
     }
@@ -214,7 +214,9 @@ impl BlockBackend {
         done: impl FnOnce(Result<()>) + Send + 'static,
     ) -> Result<AioRequest> {
         let zero = move |backend: &BlockBackend, co: &Co, graph: &GraphRead<'_>, _: &mut ()| {
-            backend.node().pwrite_zeroes(co, graph, offset, len, flags)
+            backend
+                .node_in(graph)
+                .pwrite_zeroes(co, graph, offset, len, flags)
         };
         let done = move |result, ()| done(result);
         let request = (RequestKind::Write, (offset, len), None);
@@ -230,7 +232,7 @@ impl BlockBackend {
         done: impl FnOnce(Result<()>) + Send + 'static,
     ) -> Result<AioRequest> {
         let discard = move |backend: &BlockBackend, co: &Co, graph: &GraphRead<'_>, _: &mut ()| {
-            backend.node().pdiscard(co, graph, offset, len)
+            backend.node_in(graph).pdiscard(co, graph, offset, len)
         };
         let done = move |result, ()| done(result);
         let request = (RequestKind::Discard, (offset, len), None);
@@ -265,7 +267,7 @@ impl BlockBackend {
         done: impl FnOnce(Result<()>) + Send + 'static,
     ) -> Result<AioRequest> {
         let flush = |backend: &BlockBackend, co: &Co, graph: &GraphRead<'_>, _: &mut ()| {
-            backend.node().flush(co, graph)
+            backend.node_in(graph).flush(co, graph)
         };
         let done = move |result, ()| done(result);
         self.submit((RequestKind::Other, (0, 0), None), (), flush, done)

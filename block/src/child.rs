@@ -3,10 +3,10 @@
 use crate::drain::{Collected, Parent, Section};
 use crate::error::Result;
 use crate::event::Event;
-use crate::graph::GraphRead;
+use crate::graph::{End, Graph, GraphAccess, GraphRead};
 use crate::io::{Copied, CopySource, CopyTarget, Status};
 use crate::node::Node;
-use crate::types::{ChildRole, FileId, Limits, Preallocation, RequestFlags};
+use crate::types::{ChildRole, FileId, Limits, Permissions, Preallocation, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::fmt;
@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock, Weak};
 pub struct Child {
     name: String,
     role: ChildRole,
-    node: Arc<Node>,
+    end: End,
     parent: OnceLock<Weak<Node>>,
     detached: AtomicBool,
     /// The node below is drained, and this edge quiesced the parent, or will once it has one (rule
@@ -26,22 +26,28 @@ pub struct Child {
 }
 
 impl Child {
-    pub(crate) fn new(name: &str, role: ChildRole, node: Arc<Node>) -> Arc<Child> {
+    pub(crate) fn new(
+        graph: &Graph,
+        name: &str,
+        role: ChildRole,
+        node: Arc<Node>,
+        permissions: Permissions,
+    ) -> Result<Arc<Child>> {
         let child = Arc::new(Child {
             name: name.to_owned(),
             role,
-            node,
+            end: End::new(graph, node.clone(), permissions),
             parent: OnceLock::new(),
             detached: AtomicBool::new(false),
             quiesced: AtomicBool::new(false),
         });
         let parent: Arc<dyn Parent> = child.clone();
-        child.node.add_user(&parent);
-        child
+        node.add_user(&parent)?;
+        Ok(child)
     }
 
     pub(crate) fn set_parent(&self, parent: &Arc<Node>) {
-        self.node.in_section(|section| {
+        self.end.now().in_section(|section| {
             let set = self.parent.set(Arc::downgrade(parent));
             assert!(
                 set.is_ok(),
@@ -57,14 +63,16 @@ impl Child {
         });
     }
 
-    /// Gives up the node below. `true` if that was its last user: the caller closes it.
-    pub(crate) fn detach(&self) -> bool {
-        !self.detached.swap(true, Ordering::AcqRel)
-            && self.node.remove_user(self, |section| {
-                if self.quiesced.load(Ordering::Relaxed) {
-                    self.drained_end(section);
-                }
-            })
+    /// Gives up the node below; the node, if that was its last user: the caller closes it.
+    pub(crate) fn detach(&self) -> Option<Arc<Node>> {
+        if self.detached.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        self.end.leave(self, |section| {
+            if self.quiesced.load(Ordering::Relaxed) {
+                self.drained_end(section);
+            }
+        })
     }
 
     /// The parent, while it lives; kept until the lock of sections is let go.
@@ -74,8 +82,9 @@ impl Child {
         Some(parent)
     }
 
-    pub(crate) fn below(&self) -> &Arc<Node> {
-        &self.node
+    /// The node below, for who holds no guard: the edge may lead elsewhere right after.
+    pub(crate) fn below(&self) -> Arc<Node> {
+        self.end.now()
     }
 
     /// What the parent calls it: `file`, `backing`.
@@ -89,19 +98,20 @@ impl Child {
     }
 
     /// The node above; `None` while it is being opened, and after it has gone.
-    pub fn parent(&self, _graph: &GraphRead<'_>) -> Option<Arc<Node>> {
+    pub fn parent(&self, _graph: &impl GraphAccess) -> Option<Arc<Node>> {
         self.parent.get()?.upgrade()
     }
 
     /// The node below.
-    pub fn node<'g>(&'g self, _graph: &'g GraphRead<'_>) -> &'g Arc<Node> {
-        &self.node
+    #[inline(always)]
+    pub fn node<'g>(&'g self, graph: &'g impl GraphAccess) -> &'g Arc<Node> {
+        self.end.get(graph)
     }
 
     /// Length of the node below in bytes. It grows when writes go past it.
     #[inline]
-    pub fn len(&self, _graph: &GraphRead<'_>) -> u64 {
-        self.node.len()
+    pub fn len(&self, graph: &GraphRead<'_>) -> u64 {
+        self.node(graph).len()
     }
 
     /// Is the node below zero bytes long?
@@ -111,28 +121,28 @@ impl Child {
 
     /// What the node below does in one request; larger and unaligned ones are taken apart on the
     /// way.
-    pub fn limits<'g>(&'g self, _graph: &'g GraphRead<'_>) -> &'g Limits {
-        self.node.limits()
+    pub fn limits<'g>(&'g self, graph: &'g GraphRead<'_>) -> &'g Limits {
+        self.node(graph).limits()
     }
 
     /// Is the node below read-only?
-    pub fn is_read_only(&self, _graph: &GraphRead<'_>) -> bool {
-        self.node.is_read_only()
+    pub fn is_read_only(&self, graph: &GraphRead<'_>) -> bool {
+        self.node(graph).is_read_only()
     }
 
     /// Do writes past the end make the node below longer?
-    pub fn is_growable(&self, _graph: &GraphRead<'_>) -> bool {
-        self.node.growable
+    pub fn is_growable(&self, graph: &GraphRead<'_>) -> bool {
+        self.node(graph).growable
     }
 
     /// File of the host below this edge, through filters and formats.
-    pub fn file_id(&self, _graph: &GraphRead<'_>) -> Option<FileId> {
-        self.node.file_id()
+    pub fn file_id(&self, graph: &GraphRead<'_>) -> Option<FileId> {
+        self.node(graph).file_id()
     }
 
     /// Name of the file below, for messages.
-    pub fn filename<'g>(&'g self, _graph: &'g GraphRead<'_>) -> &'g str {
-        self.node.filename()
+    pub fn filename<'g>(&'g self, graph: &'g GraphRead<'_>) -> &'g str {
+        self.node(graph).filename()
     }
 
     /// Reads into `buf` from `offset`; past the end of the node are zeros. Suspends.
@@ -149,14 +159,14 @@ impl Child {
         buf: impl Into<IoVecMut<'b>>,
         flags: RequestFlags,
     ) -> Result<()> {
-        self.node.pread(co, graph, offset, buf.into(), flags)
+        self.node(graph).pread(co, graph, offset, buf.into(), flags)
     }
 
     /// Tells the driver below that its parent comes to `event`. Nothing without the feature `events`.
     #[inline]
     pub fn event(&self, event: Event) {
         if cfg!(feature = "events") {
-            self.node.driver().event(event);
+            self.end.now().driver().event(event);
         }
     }
 
@@ -176,7 +186,8 @@ impl Child {
         buf: impl Into<IoVec<'b>>,
         flags: RequestFlags,
     ) -> Result<()> {
-        self.node.pwrite(co, graph, offset, buf.into(), flags)
+        self.node(graph)
+            .pwrite(co, graph, offset, buf.into(), flags)
     }
 
     /// Write, then flush (rule 2.2). It orders nothing that came before unless that was flushed
@@ -207,7 +218,8 @@ impl Child {
         len: u64,
         flags: RequestFlags,
     ) -> Result<()> {
-        self.node.pwrite_zeroes(co, graph, offset, len, flags)
+        self.node(graph)
+            .pwrite_zeroes(co, graph, offset, len, flags)
     }
 
     /// Gives the storage of the range back, where the driver can. Suspends.
@@ -215,7 +227,7 @@ impl Child {
     /// # Errors
     /// As [`Child::pwrite`].
     pub fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
-        self.node.pdiscard(co, graph, offset, len)
+        self.node(graph).pdiscard(co, graph, offset, len)
     }
 
     /// Offers a first part of the range to `to`, without reading it where that is possible.
@@ -232,7 +244,7 @@ impl Child {
         len: u64,
         to: &CopyTarget<'_>,
     ) -> Result<Copied> {
-        self.node.copy_range_from(co, graph, offset, len, to)
+        self.node(graph).copy_range_from(co, graph, offset, len, to)
     }
 
     /// Copies a first part of `source` to `offset` without reading it; tells how many bytes that
@@ -247,7 +259,7 @@ impl Child {
         offset: u64,
         source: CopySource<'_>,
     ) -> Result<u64> {
-        self.node.copy_range_to(co, graph, offset, source)
+        self.node(graph).copy_range_to(co, graph, offset, source)
     }
 
     /// What the first bytes of the range are, as the node below holds them: one layer, through its
@@ -265,7 +277,7 @@ impl Child {
         offset: u64,
         len: u64,
     ) -> Result<Status> {
-        self.node.block_status(co, graph, (offset, len))
+        self.node(graph).block_status(co, graph, (offset, len))
     }
 
     /// Does the node below hold the first bytes of the range in its own layer, and of how many is
@@ -280,7 +292,7 @@ impl Child {
         offset: u64,
         len: u64,
     ) -> Result<(bool, u64)> {
-        let status = self.node.is_allocated(co, graph, (offset, len))?;
+        let status = self.node(graph).is_allocated(co, graph, (offset, len))?;
         Ok((status.allocated, status.len))
     }
 
@@ -315,7 +327,7 @@ impl Child {
     /// # Errors
     /// `NotSupported` where nobody knows.
     pub fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
-        self.node.allocated_bytes(co, graph)
+        self.node(graph).allocated_bytes(co, graph)
     }
 
     /// Everything that completed before is on stable storage when this returns. Suspends; returns
@@ -324,7 +336,7 @@ impl Child {
     /// # Errors
     /// What the driver returned; `Poisoned` from then on.
     pub fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        self.node.flush(co, graph)
+        self.node(graph).flush(co, graph)
     }
 
     /// Makes the node `len` bytes long; what is added reads as zeros. Suspends.
@@ -332,7 +344,7 @@ impl Child {
     /// # Errors
     /// `Invalid`, `ReadOnly` (errno `EACCES`), `NotSupported`, else what the driver returned.
     pub fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
-        self.node.truncate(co, graph, len, exact)
+        self.node(graph).truncate(co, graph, len, exact)
     }
 
     /// Makes the node `len` bytes long and takes the space for what is added at once. Suspends.
@@ -346,7 +358,8 @@ impl Child {
         len: u64,
         preallocation: Preallocation,
     ) -> Result<()> {
-        self.node.grow_preallocated(co, graph, len, preallocation)
+        self.node(graph)
+            .grow_preallocated(co, graph, len, preallocation)
     }
 }
 
@@ -368,6 +381,38 @@ impl Parent for Child {
         }
     }
 
+    fn end(&self) -> &End {
+        &self.end
+    }
+
+    fn owner(&self) -> Option<Arc<Node>> {
+        self.parent.get()?.upgrade()
+    }
+
+    fn needs(&self, owner: &Node, own: Permissions) -> Permissions {
+        self.role
+            .permissions(own, owner.is_read_only(), owner.force_share)
+    }
+
+    fn role(&self) -> Option<ChildRole> {
+        Some(self.role)
+    }
+
+    fn who(&self) -> String {
+        match self.owner() {
+            Some(owner) => format!("node '{}'", owner.name()),
+            None => "a node that is being opened".to_owned(),
+        }
+    }
+
+    fn edge_name(&self) -> &str {
+        &self.name
+    }
+
+    fn is_quiesced(&self) -> bool {
+        self.quiesced.load(Ordering::Relaxed)
+    }
+
     fn collect(self: Arc<Self>, section: &mut Section<'_>, busy: &mut Collected) {
         if let Some(parent) = self.parent_in(section) {
             parent.collect_busy(section, busy);
@@ -384,6 +429,6 @@ impl Drop for Child {
 
 impl fmt::Debug for Child {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({}) -> {:?}", self.name, self.role, self.node)
+        write!(f, "{} ({}) -> {:?}", self.name, self.role, self.below())
     }
 }

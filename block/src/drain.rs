@@ -15,14 +15,16 @@
 //! does not queue; others open their own sections.
 
 use crate::backend::{BlockBackend, Device};
-use crate::graph::Graph;
+use crate::graph::{End, Graph, in_main_home};
 use crate::node::Node;
 use crate::request_table::{InFlight, RequestTable, Wake};
 use crate::sync::heavy_fence;
+use crate::types::{ChildRole, Permissions};
 use coblock_aio::Timer;
-use coblock_coroutine::{Co, Hold, ThreadGuard, ThreadLock, WakeHandle};
+use coblock_coroutine::{Co, Hold, ThreadGuard, WakeHandle};
 use std::collections::BTreeSet;
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -37,6 +39,31 @@ pub(crate) trait Parent: Send + Sync {
     fn drained_end(&self, section: &mut Section<'_>);
     /// Adds who must become idle above this edge.
     fn collect(self: Arc<Self>, section: &mut Section<'_>, busy: &mut Collected);
+    /// Where it leads to.
+    fn end(&self) -> &End;
+    /// The node above, if this is an edge that has one.
+    fn owner(&self) -> Option<Arc<Node>> {
+        None
+    }
+    /// What an edge from `owner`, which holds and shares `own`, does with the node below.
+    fn needs(&self, owner: &Node, own: Permissions) -> Permissions {
+        let _ = (owner, own);
+        self.end().permissions()
+    }
+    /// What an edge is to its parent.
+    fn role(&self) -> Option<ChildRole> {
+        None
+    }
+    /// It leads to another node now.
+    fn node_changed(&self, len_before: u64, len: u64, section: &mut Section<'_>) {
+        let _ = (len_before, len, section);
+    }
+    /// In the words of the reference's messages.
+    fn who(&self) -> String;
+    /// The same: what it calls the node.
+    fn edge_name(&self) -> &str;
+    /// Did the node quiesce it? (Rule 5.4.)
+    fn is_quiesced(&self) -> bool;
     /// Adds the device that sends the requests, if this is a user and has one.
     fn device(&self) -> Option<Arc<dyn Device>> {
         None
@@ -63,14 +90,22 @@ impl Section<'_> {
 
 impl Graph {
     /// Runs `f` under the lock of sections, then wakes whom it let go on.
+    ///
+    /// # Panics
+    /// When the calling thread is under it already: a device or a driver called the graph in one of
+    /// its callbacks. Names both places.
+    #[track_caller]
     pub(crate) fn section<R>(&self, f: impl FnOnce(&mut Section<'_>) -> R) -> R {
+        self.refuse_callbacks();
         let mut section = Section {
             all: self.sections.lock(),
             woken: Vec::new(),
             parents: Vec::new(),
             nodes: Vec::new(),
         };
+        let inside = Inside::enter(self);
         let result = f(&mut section);
+        drop(inside);
         let Section {
             all,
             woken,
@@ -83,6 +118,40 @@ impl Graph {
             handle.wake();
         }
         result
+    }
+}
+
+impl Graph {
+    #[track_caller]
+    fn refuse_callbacks(&self) {
+        let inside = *self.inside_section.lock();
+        if let Some((thread, begun)) = inside
+            && thread == std::thread::current().id()
+        {
+            panic!(
+                "the graph is called at {}, from a callback of the change of sections at {begun}: \
+                 devices and drivers are told under a lock of the graph, and do this later",
+                Location::caller()
+            );
+        }
+    }
+}
+
+/// Which thread is under the lock of sections, and where it took it.
+struct Inside<'a>(&'a Graph);
+
+impl<'a> Inside<'a> {
+    #[track_caller]
+    fn enter(graph: &'a Graph) -> Self {
+        let here = (std::thread::current().id(), Location::caller());
+        *graph.inside_section.lock() = Some(here);
+        Inside(graph)
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        *self.0.inside_section.lock() = None;
     }
 }
 
@@ -147,10 +216,12 @@ pub(crate) struct Quiesced(Scope);
 
 impl Quiesced {
     /// Rule 5.3: every node, and those that are made while it lives.
+    #[track_caller]
     pub(crate) fn all(graph: &Arc<Graph>) -> Quiesced {
         Quiesced::begin(Scope::All(graph.clone()))
     }
 
+    #[track_caller]
     fn begin(scope: Scope) -> Quiesced {
         let devices = scope.graph().section(|section| match &scope {
             Scope::Node(node, _) => {
@@ -364,28 +435,17 @@ fn quiesce_in_main(scope: &Scope, co: &Co) -> Quiesced {
     if main.is_current() {
         return Quiesced::begin(scope.clone());
     }
-    let begun = Arc::new(ThreadLock::new(None));
     if let Scope::Node(node, _) = scope {
         node.section_begins();
     }
-    main.oneshot({
-        let (scope, begun, handle) = (scope.clone(), begun.clone(), co.wake_handle());
-        move || {
-            let quiesced = Quiesced::begin(scope.clone());
-            *begun.lock() = Some(quiesced);
-            if let Scope::Node(node, _) = &scope {
-                node.section_began();
-            }
-            handle.wake();
+    let scope = scope.clone();
+    in_main_home(co, main, move || {
+        let quiesced = Quiesced::begin(scope.clone());
+        if let Scope::Node(node, _) = &scope {
+            node.section_began();
         }
-    });
-    loop {
-        let quiesced = begun.lock().take();
-        match quiesced {
-            Some(quiesced) => return quiesced,
-            None => co.suspend(),
-        }
-    }
+        quiesced
+    })
 }
 
 #[track_caller]

@@ -4,12 +4,13 @@
 //! to its children. It never sees its own node, so it cannot send a request to it (rule 2.7).
 
 use crate::child::Child;
+use crate::drivers::filtered::Filtered;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
-use crate::types::{ChildRole, FileId, Limits, Preallocation, RequestFlags};
+use crate::types::{ChildRole, FileId, Limits, Permissions, Preallocation, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::collections::BTreeMap;
@@ -67,14 +68,23 @@ pub trait Driver: Send + Sync + 'static {
     ///
     /// # Errors
     /// Nothing is known about what is stable then.
-    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()>;
+    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        match self.filtered() {
+            Some(below) => below.file().flush(co, graph),
+            None => Err(self.not_supported("flush")),
+        }
+    }
 
     /// Length in bytes now. Asked at open and after a truncation; writes past it are added by the
     /// node.
     fn len(&self) -> u64;
 
     /// What one request may be. Asked once, at open.
-    fn limits(&self) -> Limits;
+    ///
+    /// A filter usually takes everything: the node below takes longer and unaligned requests apart.
+    fn limits(&self) -> Limits {
+        Limits::default()
+    }
 
     /// Makes reads of the range return zeros. Suspends. Aligned to [`Limits::zero_alignment`],
     /// except that it may end at the end of the node.
@@ -89,8 +99,13 @@ pub trait Driver: Send + Sync + 'static {
         len: u64,
         flags: RequestFlags,
     ) -> Result<()> {
-        let _ = (co, graph, offset, len, flags);
-        Err(self.not_supported("writing zeroes"))
+        match self.filtered() {
+            Some(below) => {
+                let offset = below.below(offset);
+                below.file().pwrite_zeroes(co, graph, offset, len, flags)
+            }
+            None => Err(self.not_supported("writing zeroes")),
+        }
     }
 
     /// The same for a part of one block of [`Limits::zero_alignment`]. A driver can do that without
@@ -117,8 +132,10 @@ pub trait Driver: Send + Sync + 'static {
     /// # Errors
     /// `NotSupported` is no failure: a discard is advice.
     fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
-        let _ = (co, graph, offset, len);
-        Err(self.not_supported("discard"))
+        match self.filtered() {
+            Some(below) => below.file().pdiscard(co, graph, below.below(offset), len),
+            None => Err(self.not_supported("discard")),
+        }
     }
 
     /// Offers a first part of the range to `to` without reading it: hands it on to a child, or to
@@ -135,8 +152,13 @@ pub trait Driver: Send + Sync + 'static {
         len: u64,
         to: &CopyTarget<'_>,
     ) -> Result<Copied> {
-        let _ = (co, graph, offset, len, to);
-        Ok(Copied::No)
+        match self.filtered() {
+            Some(below) => {
+                let offset = below.below(offset);
+                below.file().copy_range_from(co, graph, offset, len, to)
+            }
+            None => Ok(Copied::No),
+        }
     }
 
     /// Copies a first part of `source` to `offset` without reading it, and tells how many bytes
@@ -153,8 +175,13 @@ pub trait Driver: Send + Sync + 'static {
         offset: u64,
         source: CopySource<'_>,
     ) -> Result<u64> {
-        let _ = (co, graph, offset, source);
-        Ok(0)
+        match self.filtered() {
+            Some(below) => {
+                let offset = below.below(offset);
+                below.file().copy_range_to(co, graph, offset, source)
+            }
+            None => Ok(0),
+        }
     }
 
     /// Tells what the first bytes of the range are, without reading them. Suspends. The range is
@@ -174,8 +201,11 @@ pub trait Driver: Send + Sync + 'static {
         len: u64,
         precision: Precision,
     ) -> Result<DriverStatus<'g>> {
-        let _ = (co, graph, offset, precision);
-        Ok(DriverStatus::data(len))
+        let _ = (co, graph, precision);
+        Ok(match self.filtered() {
+            Some(below) => DriverStatus::through(below.file(), below.below(offset), len),
+            None => DriverStatus::data(len),
+        })
     }
 
     /// How many bytes of storage the node takes up, holes left out. Suspends.
@@ -183,8 +213,10 @@ pub trait Driver: Send + Sync + 'static {
     /// # Errors
     /// `NotSupported` where nobody knows.
     fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
-        let _ = (co, graph);
-        Err(self.not_supported("telling its allocated size"))
+        match self.filtered() {
+            Some(below) => below.file().allocated_bytes(co, graph),
+            None => Err(self.not_supported("telling its allocated size")),
+        }
     }
 
     /// Makes the node `len` bytes long; what is added reads as zeros. With `exact` unset it may end
@@ -193,11 +225,15 @@ pub trait Driver: Send + Sync + 'static {
     /// # Errors
     /// `NotSupported` where the length is fixed.
     fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
-        let _ = (co, graph, len, exact);
-        Err(Error::new(
-            ErrorKind::NotSupported,
-            "Image format driver does not support resize",
-        ))
+        match self.filtered() {
+            Some(below) => {
+                below.resize(graph, len, |file, len| file.truncate(co, graph, len, exact))
+            }
+            None => Err(Error::new(
+                ErrorKind::NotSupported,
+                "Image format driver does not support resize",
+            )),
+        }
     }
 
     /// A first drained section of the node begins: start nothing by yourself (rule 5.1). Under a
@@ -206,6 +242,24 @@ pub trait Driver: Send + Sync + 'static {
 
     /// The last drained section of the node ended.
     fn drained_end(&self) {}
+
+    /// What all users of the node together do, and let others do, is about to become this: get
+    /// ready, so that nothing can go wrong any more. Either [`Driver::permissions_commit`] follows
+    /// or [`Driver::permissions_abort`]. All three under a lock of the graph: they neither wait nor
+    /// call anything of it.
+    ///
+    /// # Errors
+    /// What keeps it from doing so; neither of the two follows then.
+    fn permissions_prepare(&self, all: Permissions) -> Result<()> {
+        let _ = all;
+        Ok(())
+    }
+
+    /// It became so.
+    fn permissions_commit(&self) {}
+
+    /// It did not.
+    fn permissions_abort(&self) {}
 
     /// Makes the node `len` bytes long like [`Driver::truncate`], and takes the space for what is
     /// added at once, as `preallocation` says. Suspends.
@@ -220,8 +274,12 @@ pub trait Driver: Send + Sync + 'static {
         len: u64,
         preallocation: Preallocation,
     ) -> Result<()> {
-        let _ = (co, graph, len);
-        Err(unsupported_preallocation(preallocation))
+        match self.filtered() {
+            Some(below) => below.resize(graph, len, |file, len| {
+                file.grow_preallocated(co, graph, len, preallocation)
+            }),
+            None => Err(unsupported_preallocation(preallocation)),
+        }
     }
 
     /// The last call: nothing is in flight. Writes out what the driver holds. Suspends.
@@ -254,16 +312,24 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Do writes past the end make the node longer? Else they are `OutOfBounds`.
     fn is_growable(&self) -> bool {
-        false
+        self.filtered().is_some_and(Filtered::is_growable)
     }
 
     /// Is [`RequestFlags::FUA`] obeyed? Else the node flushes after such writes.
+    ///
+    /// A filter obeys it by passing it on: the node below flushes where its driver cannot.
     fn native_fua(&self) -> bool {
-        false
+        self.filtered().is_some()
     }
 
     /// Which file of the host this driver itself has open.
     fn file_id(&self) -> Option<FileId> {
+        None
+    }
+
+    /// The child of a filter: calls that the driver does not have itself go there. What a filter must
+    /// see or keep away, it has to have: reads around it by [`Driver::copy_range_from`] too.
+    fn filtered(&self) -> Option<&Filtered> {
         None
     }
 

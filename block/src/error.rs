@@ -42,6 +42,8 @@ pub enum ErrorKind {
     UnknownOption,
     /// An option that is needed is missing.
     MissingOption,
+    /// Another user of the node does not go together with this one.
+    Conflict,
     /// The name is taken, or the node has users.
     InUse,
     /// The node or the user's handle was closed.
@@ -85,7 +87,7 @@ impl Error {
             }
             ErrorKind::UnknownDriver => libc::EINVAL,
             ErrorKind::NotSupported => libc::ENOTSUP,
-            ErrorKind::ReadOnly => libc::EPERM,
+            ErrorKind::ReadOnly | ErrorKind::Conflict => libc::EPERM,
             ErrorKind::Locked => libc::EAGAIN,
             ErrorKind::NotFound => libc::ENOENT,
             ErrorKind::PermissionDenied | ErrorKind::Denied => libc::EACCES,

@@ -1,10 +1,21 @@
 //! One graph: its nodes, its lock, its main context. Two of them in a process do not know each
 //! other.
 
+mod cell;
 mod dump;
+mod end;
+mod main;
+mod permissions;
+mod transaction;
 mod write;
 
+pub use cell::{GraphAccess, GraphCell};
 pub use dump::{GraphDump, NodeDump};
+pub(crate) use end::End;
+pub use main::GraphMain;
+pub(crate) use permissions::take as take_permissions;
+pub(crate) use transaction::in_main_home;
+pub use transaction::{Action, Transaction};
 pub use write::GraphWrite;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -12,11 +23,13 @@ use crate::graph_lock::{ContextSlot, GraphLock, MAX_CONTEXTS, ReadLocked, TooMan
 use crate::node::Node;
 use crate::throttle::ThrottleGroup;
 use coblock_aio::{AioContext, AioWait};
-use coblock_coroutine::{Co, Schedule, ThreadLock};
+use coblock_coroutine::{Co, CoMutex, Schedule, ThreadLock, WakeHandle};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::Location;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
+use std::thread::ThreadId;
 
 #[derive(Default)]
 struct Nodes {
@@ -34,6 +47,12 @@ pub struct Graph {
     /// How many sections of all nodes there are. Whatever changes who is quiesced, and edges
     /// through which that spreads, is under this lock; see `drain.rs`.
     pub(crate) sections: ThreadLock<u32>,
+    /// Who is under that lock, and since where: for a message.
+    pub(crate) inside_section: ThreadLock<Option<(ThreadId, &'static Location<'static>)>>,
+    /// Transactions happen one after the other.
+    changing: CoMutex<()>,
+    /// Coroutines that want to write and wait for readers to leave.
+    writers: Arc<ThreadLock<Vec<WakeHandle>>>,
     nodes: ThreadLock<Nodes>,
     throttle_groups: ThreadLock<BTreeMap<String, Arc<ThrottleGroup>>>,
     live: AtomicUsize,
@@ -43,15 +62,26 @@ impl Graph {
     /// An empty graph. The "main thread" of the rules is the one that drives `main`.
     pub fn new(main: &Arc<AioContext>) -> Arc<Graph> {
         let kicked = Arc::downgrade(main);
-        let kick = move || {
-            if let Some(main) = kicked.upgrade() {
-                main.notify();
+        let writers: Arc<ThreadLock<Vec<WakeHandle>>> = Arc::default();
+        let kick = {
+            let writers = writers.clone();
+            move || {
+                if let Some(main) = kicked.upgrade() {
+                    main.notify();
+                }
+                let waiting = std::mem::take(&mut *writers.lock());
+                for writer in waiting {
+                    writer.wake();
+                }
             }
         };
         Arc::new(Graph {
             wait: Arc::new(AioWait::new(main)),
             lock: GraphLock::new(Box::new(kick)),
             sections: ThreadLock::new(0),
+            inside_section: ThreadLock::new(None),
+            changing: CoMutex::new(()),
+            writers,
             nodes: ThreadLock::new(Nodes::default()),
             throttle_groups: ThreadLock::new(BTreeMap::new()),
             live: AtomicUsize::new(0),
@@ -314,55 +344,5 @@ impl fmt::Debug for GraphRead<'_> {
             self.slot(),
             self.co().id()
         )
-    }
-}
-
-/// Something that only a writer of the graph changes and only a reader sees: an edge, a list of
-/// edges.
-///
-/// Set once, before the node is published; replacing it comes with the writer half of the lock.
-#[derive(Debug)]
-pub struct GraphCell<T>(OnceLock<T>);
-
-impl<T> Default for GraphCell<T> {
-    fn default() -> Self {
-        Self::empty()
-    }
-}
-
-impl<T> GraphCell<T> {
-    /// Holding `value`.
-    pub fn new(value: T) -> Self {
-        GraphCell(OnceLock::from(value))
-    }
-
-    /// Holding nothing until [`GraphCell::set`].
-    pub fn empty() -> Self {
-        GraphCell(OnceLock::new())
-    }
-
-    /// Fills an empty cell, before anybody can look into it.
-    ///
-    /// # Panics
-    /// When it is full.
-    pub fn set(&self, value: T) {
-        assert!(self.0.set(value).is_ok(), "a graph cell is set twice");
-    }
-
-    /// What it holds.
-    ///
-    /// # Panics
-    /// When it was never set.
-    #[inline]
-    pub fn get<'g>(&'g self, _graph: &'g GraphRead<'_>) -> &'g T {
-        self.0
-            .get()
-            .expect("a graph cell is set before its node is published")
-    }
-
-    /// What it holds, if it was set.
-    #[inline]
-    pub fn try_get<'g>(&'g self, _graph: &'g GraphRead<'_>) -> Option<&'g T> {
-        self.0.get()
     }
 }

@@ -71,6 +71,8 @@ struct Slow {
     /// Readers that wait for a writer, by ticket: first come, first woken.
     queue: BTreeMap<u64, WakeHandle>,
     next_ticket: u64,
+    /// Who reads in the main home without counting: how many, and the first of them (rule 7.8).
+    in_main: Option<(u32, &'static Location<'static>)>,
     /// Who owns the graph for writing, and where it was locked.
     owner: Option<(ThreadId, &'static Location<'static>)>,
 }
@@ -223,6 +225,24 @@ impl GraphLock {
         protocol::sum(self.slots.iter().map(|slot| &slot.count), slow.orphans)
     }
 
+    /// Rule 7.8: somebody reads in the main home, uncounted, until the guard is dropped. No writer
+    /// owns the graph meanwhile.
+    pub(crate) fn read_in_main(&self, at: &'static Location<'static>) -> ReadInMain<'_> {
+        let mut slow = self.slow.lock();
+        if let Some((_, locked)) = slow.owner {
+            drop(slow);
+            panic!(
+                "rule 7.7: the graph is read without counting at {at} under the write lock taken at \
+                 {locked}"
+            );
+        }
+        slow.in_main = match slow.in_main {
+            None => Some((1, at)),
+            Some((count, first)) => Some((count + 1, first)),
+        };
+        ReadInMain(self)
+    }
+
     /// Wakes all that wait, in the order in which they came.
     fn wake_queue(&self) {
         let queue = std::mem::take(&mut self.slow.lock().queue);
@@ -254,6 +274,11 @@ pub(crate) struct ReadLocked<'a> {
 }
 
 impl<'a> ReadLocked<'a> {
+    #[inline(always)]
+    pub(crate) fn lock(&self) -> &'a GraphLock {
+        self.lock
+    }
+
     #[inline]
     pub(crate) fn co(&self) -> &'a Co {
         self.co
@@ -288,6 +313,19 @@ impl GraphLock {
                 home.name()
             )
         })
+    }
+}
+
+/// Somebody reads in the main home, uncounted.
+pub(crate) struct ReadInMain<'a>(&'a GraphLock);
+
+impl Drop for ReadInMain<'_> {
+    fn drop(&mut self) {
+        let mut slow = self.0.slow.lock();
+        slow.in_main = match slow.in_main {
+            Some((count, first)) if count > 1 => Some((count - 1, first)),
+            _ => None,
+        };
     }
 }
 

@@ -19,10 +19,10 @@
 //! suspend. Each carries a `&GraphRead`, the proof that edges stay. An edge owns downward,
 //! everything upward is weak.
 //!
-//! There is no `unsafe` here, and no process-wide state: what is global in the reference is in a
-//! [`Graph`].
+//! `unsafe` is in one place, `graph/cell.rs`: what a writer of the graph changes under the lock that
+//! readers hold. There is no process-wide state: what is global in the reference is in a [`Graph`].
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![deny(clippy::disallowed_methods)]
 
 pub mod drivers;
@@ -55,7 +55,10 @@ pub use driver::{Driver, DriverRegistry, DriverStatus, OpenDriver, Place, Precis
 pub use error::{Error, ErrorKind, Result, errno_text};
 pub use event::Event;
 pub use gate::{Beneath, DenyAll, Dependent, Explicit, LikeReference, OpenGate};
-pub use graph::{Graph, GraphCell, GraphDump, GraphRead, GraphWrite, NodeDump};
+pub use graph::{
+    Action, Graph, GraphAccess, GraphCell, GraphDump, GraphMain, GraphRead, GraphWrite, NodeDump,
+    Transaction,
+};
 pub use graph_lock::{ContextSlot, MAX_CONTEXTS};
 pub use io::{Copied, CopySource, CopyTarget, Status};
 pub use mixed::Mixed;

@@ -11,13 +11,13 @@ use crate::child::Child;
 use crate::drain::{Busy, Collected, Parent, Section};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Graph, GraphCell, GraphRead};
+use crate::graph::{Graph, GraphAccess, GraphRead, take_permissions};
 use crate::request_table::RequestTable;
-use crate::types::{ChildRole, FileId, Limits, MAX_LENGTH};
+use crate::types::{ChildRole, FileId, Limits, MAX_LENGTH, Perm, Permissions};
 use coblock_coroutine::{Co, CoMutex, ThreadLock};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 /// One node of the graph.
 ///
@@ -33,7 +33,7 @@ pub struct Node {
     pub(crate) driver: Box<dyn Driver>,
     pub(crate) requests: RequestTable,
     pub(crate) limits: Limits,
-    whole_limits: Limits,
+    whole_limits: ThreadLock<Limits>,
     /// Length in bytes: the driver's, raised by writes past it.
     pub(crate) len: AtomicU64,
     pub(crate) read_only: bool,
@@ -52,7 +52,8 @@ pub struct Node {
     name: String,
     filename: String,
     graph: Weak<Graph>,
-    children: GraphCell<Vec<Arc<Child>>>,
+    /// Set when it is published. The edges stay; where they lead to changes.
+    children: OnceLock<Vec<Arc<Child>>>,
     users: AtomicUsize,
     /// Edges and backends above.
     parents: ThreadLock<Vec<Weak<dyn Parent>>>,
@@ -62,6 +63,9 @@ pub struct Node {
     beginning: AtomicU32,
     serial: u64,
     file_id: Option<FileId>,
+    pub(crate) force_share: bool,
+    /// Under the lock of sections.
+    permissions: ThreadLock<Permissions>,
 }
 
 /// What `open` knows about a node that it makes.
@@ -75,6 +79,8 @@ pub(crate) struct NodeParts {
     /// Limits of what lies below, and its role.
     pub(crate) below: Vec<(Limits, ChildRole)>,
     pub(crate) file_id: Option<FileId>,
+    pub(crate) force_share: bool,
+    pub(crate) permissions: Permissions,
 }
 
 impl Node {
@@ -89,6 +95,8 @@ impl Node {
             driver,
             below,
             file_id,
+            force_share,
+            permissions,
         } = parts;
         let limits = driver.limits();
         limits.assert_sane(driver.format());
@@ -104,9 +112,7 @@ impl Node {
         let node = Arc::new(Node {
             requests: RequestTable::new(),
             limits,
-            whole_limits: below
-                .iter()
-                .fold(limits, |all, (below, role)| all.through(below, *role)),
+            whole_limits: ThreadLock::new(limits.through_all(&below)),
             len: AtomicU64::new(len),
             read_only,
             growable: driver.is_growable(),
@@ -118,13 +124,15 @@ impl Node {
             name,
             filename,
             graph: Arc::downgrade(graph),
-            children: GraphCell::empty(),
+            children: OnceLock::new(),
             users: AtomicUsize::new(0),
             parents: ThreadLock::new(Vec::new()),
             sections: AtomicU32::new(0),
             beginning: AtomicU32::new(0),
             serial,
             file_id,
+            force_share,
+            permissions: ThreadLock::new(permissions),
             driver,
         });
         graph.count_node(serial, &node);
@@ -136,39 +144,43 @@ impl Node {
         for child in &children {
             child.set_parent(self);
         }
-        self.children.set(children);
+        let set = self.children.set(children);
+        assert!(set.is_ok(), "node '{}' is published twice", self.name);
         graph.add_node(self);
     }
 
     /// One more user, which is quiesced if the node is drained (rule 5.4).
-    pub(crate) fn add_user(&self, parent: &Arc<dyn Parent>) {
-        self.users.fetch_add(1, Ordering::AcqRel);
+    ///
+    /// # Errors
+    /// When its permissions do not go together with those of others; it is no user then.
+    #[track_caller]
+    pub(crate) fn add_user(self: &Arc<Node>, parent: &Arc<dyn Parent>) -> Result<()> {
         self.in_section(|section| {
-            self.parents.lock().push(Arc::downgrade(parent));
-            if let Some(section) = section
-                && self.is_drained()
-            {
+            self.enter(parent);
+            let Some(section) = section else {
+                return Ok(());
+            };
+            if let Err(error) = take_permissions(self, section) {
+                self.leave(&**parent);
+                return Err(error);
+            }
+            if self.is_drained() {
                 parent.drained_begin(section);
             }
-        });
+            Ok(())
+        })
     }
 
-    /// One less; `true` if that was the last one. `let_go` undoes what the node did to it in drained
-    /// sections.
-    pub(crate) fn remove_user<P: Parent>(
-        &self,
-        parent: &P,
-        let_go: impl FnOnce(&mut Section<'_>),
-    ) -> bool {
-        let address = std::ptr::from_ref(parent).addr();
-        self.in_section(|section| {
-            let mut parents = self.parents.lock();
-            parents.retain(|weak| weak.as_ptr().addr() != address);
-            drop(parents);
-            if let Some(section) = section {
-                let_go(section);
-            }
-        });
+    pub(crate) fn enter(&self, user: &Arc<dyn Parent>) {
+        self.users.fetch_add(1, Ordering::AcqRel);
+        self.parents.lock().push(Arc::downgrade(user));
+    }
+
+    /// `true`: that was the last one.
+    pub(crate) fn leave(&self, user: &dyn Parent) -> bool {
+        let address = std::ptr::from_ref(user).cast::<()>().addr();
+        let is_other = |weak: &Weak<dyn Parent>| weak.as_ptr().cast::<()>().addr() != address;
+        self.parents.lock().retain(is_other);
         let before = self.users.fetch_sub(1, Ordering::AcqRel);
         assert!(
             before > 0,
@@ -178,7 +190,57 @@ impl Node {
         before == 1
     }
 
+    /// Its users now. Under the lock of sections.
+    pub(crate) fn users_now(&self) -> Vec<Arc<dyn Parent>> {
+        let parents = self.parents.lock();
+        parents.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// The edges to its children; none until it is published.
+    pub(crate) fn edges(&self) -> &[Arc<Child>] {
+        self.children.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// What all users together hold and share; of a node that never had one what it was opened for.
+    pub fn permissions(&self) -> Permissions {
+        *self.permissions.lock()
+    }
+
+    pub(crate) fn set_permissions(&self, permissions: Permissions) {
+        *self.permissions.lock() = permissions;
+    }
+
+    /// What a user does who does not say.
+    pub(crate) fn for_user(&self) -> Permissions {
+        if self.users() == 0 {
+            return self.permissions();
+        }
+        let writes = if self.read_only {
+            Perm::empty()
+        } else {
+            Perm::WRITE
+        };
+        Permissions {
+            held: Perm::CONSISTENT_READ | writes,
+            shared: Perm::all(),
+        }
+    }
+
+    /// May users hold this?
+    ///
+    /// # Errors
+    /// `ReadOnly`, in the reference's words.
+    pub(crate) fn refuse_writers(&self, held: Perm) -> Result<()> {
+        if self.read_only && held.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
+            let name = &self.name;
+            let message = format!("Read-only block node '{name}' cannot support read-write users");
+            return Err(Error::new(ErrorKind::ReadOnly, message));
+        }
+        Ok(())
+    }
+
     /// Under the lock of sections; `None` after the graph has gone, when there are none.
+    #[track_caller]
     pub(crate) fn in_section<R>(&self, f: impl FnOnce(Option<&mut Section<'_>>) -> R) -> R {
         match self.graph.upgrade() {
             Some(graph) => graph.section(|section| f(Some(section))),
@@ -234,13 +296,23 @@ impl Node {
 
     /// What a request may be so that nobody below has to pad, copy or take it apart: the limits of
     /// all nodes down to where the data is. Anything else works too, at that price.
-    pub fn whole_limits(&self) -> &Limits {
-        &self.whole_limits
+    pub fn whole_limits(&self) -> Limits {
+        *self.whole_limits.lock()
+    }
+
+    /// Computes [`Node::whole_limits`] anew; tells whether they changed.
+    pub(crate) fn refresh_whole_limits(&self) -> bool {
+        let below = self.edges().iter();
+        let below: Vec<_> = below
+            .map(|edge| (edge.below().whole_limits(), edge.role()))
+            .collect();
+        let new = self.limits.through_all(&below);
+        std::mem::replace(&mut *self.whole_limits.lock(), new) != new
     }
 
     /// The edges to its children.
-    pub fn children<'g>(&'g self, graph: &'g GraphRead<'_>) -> &'g [Arc<Child>] {
-        self.children.try_get(graph).map_or(&[], Vec::as_slice)
+    pub fn children<'g>(&'g self, _graph: &'g impl GraphAccess) -> &'g [Arc<Child>] {
+        self.edges()
     }
 
     /// File of the host on which the node stands, through its storage.
@@ -320,9 +392,7 @@ pub fn close_unused(co: &Co, graph: &Arc<Graph>, node: Arc<Node>) -> Result<()> 
         at += 1;
         result = result.and(node.close(co, &guard));
         for child in node.children(&guard) {
-            if child.detach() {
-                unused.push(child.below().clone());
-            }
+            unused.extend(child.detach());
         }
     }
     drop(guard);

@@ -138,6 +138,8 @@ struct Pending {
     key: &'static str,
     name: String,
     format: Option<String>,
+    /// The caller's options name a node instead.
+    existing: Option<Arc<Node>>,
     /// What the caller's options say about it.
     given: Options,
     inherited: Options,
@@ -206,11 +208,13 @@ impl Env<'_> {
                 key,
                 name,
                 format,
+                existing,
                 given,
                 inherited,
                 place,
             } = pending;
             let image = built.nodes[parent].node.clone();
+            let wants = place.permissions;
             let located = |error: Error| match image.filename() {
                 "" => error,
                 file => error.at_file(file),
@@ -225,25 +229,36 @@ impl Env<'_> {
                     ),
                 )));
             }
-            let mut options = if given.has("file") || given.has("filename") || given.has("fd") {
-                given
+            let node = if let Some(node) = existing {
+                if node
+                    .file_id()
+                    .is_some_and(|id| place.ancestors.contains(&id))
+                {
+                    let name = node.name();
+                    let message = format!("Node '{name}' is already part of this chain of images");
+                    return Err(located(Error::new(ErrorKind::Chain, message)));
+                }
+                node
             } else {
-                let mut options = self.gate.dependent(&Dependent {
-                    role,
-                    name: &name,
-                    format: format.as_deref(),
-                    image: image.filename(),
-                    depth: place.depth,
-                    read_only: inherited.get("read-only") == Some("on"),
-                })?;
-                options.overlay(given);
-                options
+                let mut options = if given.has("file") || given.has("filename") || given.has("fd") {
+                    given
+                } else {
+                    let mut options = self.gate.dependent(&Dependent {
+                        role,
+                        name: &name,
+                        format: format.as_deref(),
+                        image: image.filename(),
+                        depth: place.depth,
+                        read_only: inherited.get("read-only") == Some("on"),
+                    })?;
+                    options.overlay(given);
+                    options
+                };
+                options.inherit(&inherited);
+                self.open_node(co, options, place, built)
+                    .map_err(|error| error.context(format_args!("Could not open {role} file")))?
             };
-            options.inherit(&inherited);
-            let node = self
-                .open_node(co, options, place, built)
-                .map_err(|error| error.context(format_args!("Could not open {role} file")))?;
-            let child = Child::new(key, role, node);
+            let child = Child::new(self.graph, key, role, node, wants)?;
             built.nodes[parent].children.push(child.clone());
             image.driver.attach(role, child).map_err(located)?;
         }
@@ -389,12 +404,7 @@ impl<'a> Opening<'a> {
         role: ChildRole,
     ) -> Result<Arc<Child>> {
         let node = if let Some(name) = self.options.take_str(key)? {
-            self.env.graph.find_node(&name).ok_or_else(|| {
-                Error::new(
-                    ErrorKind::NotFound,
-                    format!("Cannot find node-name='{name}'"),
-                )
-            })?
+            self.find_node(&name)?
         } else {
             let mut options = self.options.split(key);
             if options.is_empty() {
@@ -411,18 +421,26 @@ impl<'a> Opening<'a> {
         if self.filename.is_empty() {
             self.filename = node.filename().to_owned();
         }
-        let child = Child::new(key, role, node);
+        let wants = self.place_of(role, self.read_only).permissions;
+        let child = Child::new(self.env.graph, key, role, node, wants)?;
         self.children.push(child.clone());
         Ok(child)
     }
 
+    fn find_node(&self, name: &str) -> Result<Arc<Node>> {
+        self.env.graph.find_node(name).ok_or_else(|| {
+            let message = format!("Cannot find node-name='{name}'");
+            Error::new(ErrorKind::NotFound, message)
+        })
+    }
+
     /// Tells that the image names a file, in the format that it says or in none. After the driver
     /// is made it is opened as the gate says and given to [`Driver::attach`]. Options under `key`
-    /// go before what the image says; an empty `key` keeps the file out, and so does
-    /// [`Opening::without_dependents`].
+    /// go before what the image says; `key` itself names a node that exists and is used instead; an
+    /// empty `key` keeps the file out, and so does [`Opening::without_dependents`].
     ///
     /// # Errors
-    /// For options of the wrong kind.
+    /// For options of the wrong kind; `NotFound` for the name of a node.
     pub fn dependent(
         &mut self,
         key: &'static str,
@@ -431,18 +449,15 @@ impl<'a> Opening<'a> {
         format: Option<&str>,
     ) -> Result<()> {
         let given = self.options.split(key);
+        let mut existing = None;
         match self.options.take_str(key)?.as_deref() {
             None => {}
             Some("") => return Ok(()),
-            Some(node) => {
-                return Err(Error::new(
-                    ErrorKind::NotSupported,
-                    format!(
-                        "'{key}={node}': a file that an image names is opened anew; give options \
-                         under '{key}.'"
-                    ),
-                ));
+            Some(_) if !given.is_empty() => {
+                let message = format!("'{key}' names a node, and there are options under '{key}.'");
+                return Err(Error::new(ErrorKind::Invalid, message));
             }
+            Some(node) => existing = Some(self.find_node(node)?),
         }
         let inherited = self.inherited(role);
         let read_only = inherited.get("read-only") == Some("on");
@@ -455,6 +470,7 @@ impl<'a> Opening<'a> {
             key,
             name: name.to_owned(),
             format: format.map(str::to_owned),
+            existing,
             given,
             inherited,
             place,
@@ -499,9 +515,11 @@ impl<'a> Opening<'a> {
             below: self
                 .children
                 .iter()
-                .map(|child| (*child.below().whole_limits(), child.role()))
+                .map(|child| (child.below().whole_limits(), child.role()))
                 .collect(),
             file_id,
+            force_share: self.force_share,
+            permissions: self.place.permissions,
         };
         let node = match Node::new(self.env.graph, parts) {
             Ok(node) => node,
@@ -541,9 +559,7 @@ impl<'a> Opening<'a> {
     /// The driver failed: its children have no parent that would close them.
     fn abandon(&mut self) {
         for child in self.children.drain(..) {
-            if child.detach() {
-                self.built.abandoned.push(child.below().clone());
-            }
+            self.built.abandoned.extend(child.detach());
         }
     }
 }

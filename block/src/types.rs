@@ -76,6 +76,9 @@ bitflags! {
 }
 
 impl Perm {
+    /// How many there are.
+    pub const BITS: u32 = 4;
+
     /// The one permission with bit number `bit`, in the words of the reference's messages.
     pub fn bit_name(bit: u32) -> &'static str {
         match bit {
@@ -217,6 +220,12 @@ impl Limits {
                 ..data
             },
         }
+    }
+
+    /// These, through all that lie below.
+    pub(crate) fn through_all(self, below: &[(Limits, ChildRole)]) -> Limits {
+        let through = |all: Limits, (below, role): &(Limits, ChildRole)| all.through(below, *role);
+        below.iter().fold(self, through)
     }
 
     /// Panics with what is wrong; a driver computes these, an image never does.

@@ -223,7 +223,7 @@ fn limits_of_a_file_are_enough() {
         if direct == "off" {
             assert_eq!((limits.request_alignment, limits.mem_alignment), (1, 1));
         }
-        assert_eq!(*backend.node().whole_limits(), limits);
+        assert_eq!(backend.node().whole_limits(), limits);
         let (request, memory) = (in_memory(limits.request_alignment), limits.mem_alignment);
         let file = std::fs::File::options()
             .read(true)
@@ -312,7 +312,7 @@ fn a_block_device_has_a_fixed_length() {
             let id = backend.node().file_id().unwrap();
             assert_eq!(id.inode, 0, "a device is known by its number");
             let name = device.rsplit('/').next().unwrap();
-            assert_queue_limits(backend.node().whole_limits(), name);
+            assert_queue_limits(&backend.node().whole_limits(), name);
             world.run(|co| {
                 let data = pattern(2, 1000);
                 backend

@@ -4,8 +4,8 @@ mod support;
 
 use coblock_aio::{EngineKind, IoVec, IoVecMut, Medium};
 use coblock_block::{
-    BlockBackend, Child, ChildRole, Driver, GraphCell, GraphRead, Limits, OpenDriver, Opening,
-    Options, RequestFlags, Result,
+    BlockBackend, Child, ChildRole, Driver, GraphRead, Limits, OpenDriver, Opening, Options,
+    RequestFlags, Result,
 };
 use coblock_coroutine::Co;
 use std::fs::{self, File};
@@ -16,14 +16,14 @@ use std::sync::Arc;
 use support::{World, engines, pattern};
 
 /// A format whose guest sees a terabyte and whose file grows as the guest writes.
-struct Growing(GraphCell<Arc<Child>>);
+struct Growing(Arc<Child>);
 
 struct OpenGrowing;
 
 impl OpenDriver for OpenGrowing {
     fn open(&self, co: &Co, opening: &mut Opening<'_>) -> Result<Box<dyn Driver>> {
         let file = opening.open_child(co, "file", ChildRole::Storage)?;
-        Ok(Box::new(Growing(GraphCell::new(file))))
+        Ok(Box::new(Growing(file)))
     }
 }
 
@@ -39,7 +39,7 @@ impl Driver for Growing {
         buf: IoVecMut<'_>,
         flags: RequestFlags,
     ) -> Result<()> {
-        self.0.get(graph).pread(co, graph, offset, buf, flags)
+        self.0.pread(co, graph, offset, buf, flags)
     }
     fn pwrite(
         &self,
@@ -49,13 +49,13 @@ impl Driver for Growing {
         buf: IoVec<'_>,
         flags: RequestFlags,
     ) -> Result<()> {
-        self.0.get(graph).pwrite(co, graph, offset, buf, flags)
+        self.0.pwrite(co, graph, offset, buf, flags)
     }
     fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        self.0.get(graph).flush(co, graph)
+        self.0.flush(co, graph)
     }
     fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
-        self.0.get(graph).truncate(co, graph, len, exact)
+        self.0.truncate(co, graph, len, exact)
     }
     fn len(&self) -> u64 {
         1 << 40

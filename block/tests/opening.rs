@@ -5,11 +5,11 @@ mod support;
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_block::drivers::sim::SimDisk;
 use coblock_block::{
-    Child, ChildRole, Dependent, Driver, ErrorKind, Explicit, GraphCell, GraphRead, LikeReference,
-    Limits, OpenDriver, OpenGate, Opening, Options, RequestFlags, Result,
+    Child, ChildRole, Dependent, Driver, ErrorKind, Explicit, GraphRead, LikeReference, Limits,
+    OpenDriver, OpenGate, Opening, Options, RequestFlags, Result,
 };
 use coblock_coroutine::Co;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use support::World;
 
 const PLAIN: RequestFlags = RequestFlags::empty();
@@ -18,7 +18,7 @@ const PLAIN: RequestFlags = RequestFlags::empty();
 /// then comes data. A block of zeros is not there, and reads from the backing file.
 struct Chain {
     file: Arc<Child>,
-    backing: GraphCell<Arc<Child>>,
+    backing: OnceLock<Arc<Child>>,
     len: u64,
 }
 
@@ -41,7 +41,7 @@ impl OpenDriver for OpenChain {
         }
         Ok(Box::new(Chain {
             file,
-            backing: GraphCell::empty(),
+            backing: OnceLock::new(),
             len,
         }))
     }
@@ -62,7 +62,7 @@ impl Driver for Chain {
     ) -> Result<()> {
         self.file
             .pread(co, graph, 64 + offset, buf.reborrow(), flags)?;
-        match self.backing.try_get(graph) {
+        match self.backing.get() {
             Some(backing) if buf.as_source().is_zero() => {
                 backing.pread(co, graph, offset, buf, flags)
             }
@@ -95,7 +95,7 @@ impl Driver for Chain {
 
     fn attach(&self, role: ChildRole, child: Arc<Child>) -> Result<()> {
         assert_eq!(role, ChildRole::Backing);
-        self.backing.set(child);
+        assert!(self.backing.set(child).is_ok());
         Ok(())
     }
 
@@ -261,9 +261,10 @@ fn a_child_may_be_a_node_that_exists() {
         one.pread(co, 0, &mut seen[..]).unwrap();
         assert_eq!((seen[0], seen[512]), (7, 1));
         let graph = world.graph.read(co);
-        let edge = &one.node().children(&graph)[0];
+        let node = one.node();
+        let edge = &node.children(&graph)[0];
         assert_eq!((edge.name(), edge.role()), ("file", ChildRole::Filtered));
-        assert!(Arc::ptr_eq(&edge.parent(&graph).unwrap(), one.node()));
+        assert!(Arc::ptr_eq(&edge.parent(&graph).unwrap(), &one.node()));
         assert_eq!(edge.node(&graph).name(), "base");
     });
     world.close(one).unwrap();
@@ -307,7 +308,8 @@ fn files_that_an_image_names_go_through_the_gate() {
             backend.pread(co, 0, &mut seen[..]).unwrap();
             assert_eq!(seen, [5; 1024], "{name}");
             let graph = world.graph.read(co);
-            let below = backend.node().children(&graph)[1].node(&graph);
+            let node = backend.node();
+            let below = node.children(&graph)[1].node(&graph);
             assert!(below.is_read_only(), "a backing file is opened read-only");
         });
         assert_eq!(world.graph.live_nodes(), 4);
@@ -448,7 +450,8 @@ fn past_the_end_of_a_child() {
             "the backing file is shorter"
         );
         let graph = world.graph.read(co);
-        let file = &backend.node().children(&graph)[0];
+        let node = backend.node();
+        let file = &node.children(&graph)[0];
         assert!(file.is_growable(&graph));
         file.pwrite(co, &graph, 10_000, &[1; 10][..], PLAIN)
             .unwrap();

@@ -183,7 +183,8 @@ fn run(
 }
 
 fn stats(disk: &BlockBackend) -> Qcow2Stats {
-    let driver = disk.node().driver().as_any().unwrap();
+    let node = disk.node();
+    let driver = node.driver().as_any().unwrap();
     driver.downcast_ref::<Qcow2>().unwrap().stats()
 }
 

@@ -235,7 +235,7 @@ fn limits_of_an_image() {
         max_transfer: 65536,
         ..own
     };
-    assert_eq!(*disk.node().whole_limits(), whole);
+    assert_eq!(disk.node().whole_limits(), whole);
     f.close(disk);
 }
 

@@ -9,8 +9,11 @@
 //! That test is repeated under the queue's lock, in one step with enqueueing.
 
 use crate::drain::{Busy, Collected, Parent, Section};
+use crate::graph::{End, Graph};
+use crate::node::Node;
 use crate::request_table::{RequestKind, RequestTable};
 use crate::throttle::{Direction, Member, ThrottleGroup};
+use crate::types::Permissions;
 use coblock_coroutine::{Co, ThreadLock, WakeHandle};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,6 +37,12 @@ pub trait Device: Send + Sync {
     /// [`BlockBackend::kick`](crate::BlockBackend::kick).
     fn drained_poll(&self) -> bool {
         false
+    }
+
+    /// The backend is `len` bytes long now: the guest is to be told. Under a lock of the graph, as
+    /// `drained_begin`.
+    fn resized(&self, len: u64) {
+        let _ = len;
     }
 
     /// All nodes are being drained: when this returns nothing is new or pending outside of the main
@@ -80,24 +89,23 @@ impl Gate {
 
 /// What a backend and its node share.
 pub(crate) struct Root {
+    pub(crate) end: End,
     pub(crate) requests: RequestTable,
     gate: ThreadLock<Gate>,
     /// Woken, and not in the table yet.
     resuming: AtomicU32,
     /// Operations made of several requests (rule 5.6).
     operations: AtomicU32,
-    /// For people.
-    name: String,
 }
 
 impl Root {
-    pub(crate) fn new(name: String) -> Arc<Root> {
+    pub(crate) fn new(graph: &Graph, node: Arc<Node>, permissions: Permissions) -> Arc<Root> {
         Arc::new(Root {
+            end: End::new(graph, node, permissions),
             requests: RequestTable::new(),
             gate: ThreadLock::new(Gate::default()),
             resuming: AtomicU32::new(0),
             operations: AtomicU32::new(0),
-            name,
         })
     }
 
@@ -262,7 +270,7 @@ impl Parent for Root {
         assert!(
             !gate.quiesced,
             "{} is quiesced twice through one edge",
-            self.name
+            self.describe()
         );
         gate.quiesced = true;
         self.requests.set_quiesced(true);
@@ -279,7 +287,7 @@ impl Parent for Root {
         assert!(
             gate.quiesced,
             "{} is let go and was not quiesced",
-            self.name
+            self.describe()
         );
         gate.quiesced = false;
         self.requests.set_quiesced(false);
@@ -290,6 +298,30 @@ impl Parent for Root {
             device.drained_end();
         }
         gate.open(&self.resuming, &mut section.woken);
+    }
+
+    fn end(&self) -> &End {
+        &self.end
+    }
+
+    fn node_changed(&self, len_before: u64, len: u64, _section: &mut Section<'_>) {
+        if len != len_before
+            && let Some(device) = self.device()
+        {
+            device.resized(len);
+        }
+    }
+
+    fn who(&self) -> String {
+        "an unnamed block device".to_owned()
+    }
+
+    fn edge_name(&self) -> &str {
+        "root"
+    }
+
+    fn is_quiesced(&self) -> bool {
+        self.gate.lock().quiesced
     }
 
     fn collect(self: Arc<Self>, _section: &mut Section<'_>, busy: &mut Collected) {
@@ -312,7 +344,7 @@ impl Busy for Root {
     }
 
     fn describe(&self) -> String {
-        self.name.clone()
+        format!("a backend of node '{}'", self.end.now().name())
     }
 }
 
@@ -330,7 +362,12 @@ mod tests {
             ..ContextOptions::named("test")
         })
         .expect("a context");
-        let root = Root::new("backend".to_owned());
+        let graph = Graph::new(home.context());
+        let registry = crate::DriverRegistry::with_builtin();
+        let options = crate::Options::new().with("driver", "null-co");
+        let opened = home.run(|co| crate::open(co, &graph, &registry, &crate::DenyAll, options));
+        let node = opened.expect("a node");
+        let root = Root::new(&graph, node.clone(), node.permissions());
         home.run(|co| assert!(root.wait_as_request(co).is_none()));
         assert!(!root.is_busy_otherwise());
         home.close();

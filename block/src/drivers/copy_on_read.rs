@@ -11,19 +11,16 @@
 //! blocks of the child's allocation unit are copied, so the child has nothing to copy itself. Zeros
 //! are not written but made.
 
-use crate::child::Child;
-use crate::driver::{Driver, DriverStatus, OpenDriver, Precision};
+use super::filtered::Filtered;
+use crate::driver::{Driver, OpenDriver};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{GraphCell, GraphRead};
+use crate::graph::GraphRead;
+use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::request_table::{RequestKind, RequestTable, Tracked};
-use crate::types::{
-    ChildRole, Limits, Preallocation, RequestFlags, align_down, align_up, bytes, in_memory,
-};
+use crate::types::{ChildRole, RequestFlags, align_down, align_up, bytes, in_memory};
 use coblock_aio::{AlignedBuf, IoVec, IoVecMut};
 use coblock_coroutine::Co;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Most bytes that are copied at once, unless one block is longer.
 const COPY_MAX: u64 = 1 << 20;
@@ -46,10 +43,8 @@ impl OpenDriver for OpenCopyOnRead {
         let limits = file.limits(&guard);
         Ok(Box::new(CopyOnRead {
             block: limits.zero_alignment.max(limits.request_alignment),
-            growable: file.is_growable(&guard),
-            len: AtomicU64::new(file.len(&guard)),
             changes: RequestTable::new(),
-            file: GraphCell::new(file.clone()),
+            below: Filtered::new(file.clone(), &guard),
         }))
     }
 }
@@ -57,11 +52,9 @@ impl OpenDriver for OpenCopyOnRead {
 struct CopyOnRead {
     /// What the child allocates at once, in bytes.
     block: u64,
-    growable: bool,
-    len: AtomicU64,
     /// Requests that change the child, copies among them.
     changes: RequestTable,
-    file: GraphCell<Arc<Child>>,
+    below: Filtered,
 }
 
 impl CopyOnRead {
@@ -90,7 +83,7 @@ impl CopyOnRead {
         len: u64,
         buf: &mut IoVecMut<'_>,
     ) -> Result<u64> {
-        let file = self.file.get(graph);
+        let file = self.below.file();
         let start = align_down(at, self.block);
         let longest = align_down(COPY_MAX, self.block).max(self.block);
         let end = align_up(at + len, self.block).unwrap_or(u64::MAX);
@@ -143,7 +136,7 @@ impl Driver for CopyOnRead {
         mut buf: IoVecMut<'_>,
         flags: RequestFlags,
     ) -> Result<()> {
-        let file = self.file.get(graph);
+        let file = self.below.file();
         let len = bytes(buf.len());
         let mut done = 0;
         while done < len {
@@ -172,7 +165,7 @@ impl Driver for CopyOnRead {
     ) -> Result<()> {
         let range = (offset, bytes(buf.len()));
         let _change = self.change(co, graph, range, RequestKind::Write);
-        self.file.get(graph).pwrite(co, graph, offset, buf, flags)
+        self.below.file().pwrite(co, graph, offset, buf, flags)
     }
 
     fn pwrite_zeroes(
@@ -184,70 +177,44 @@ impl Driver for CopyOnRead {
         flags: RequestFlags,
     ) -> Result<()> {
         let _change = self.change(co, graph, (offset, len), RequestKind::Write);
-        self.file
-            .get(graph)
+        self.below
+            .file()
             .pwrite_zeroes(co, graph, offset, len, flags)
     }
 
     fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
         let _change = self.change(co, graph, (offset, len), RequestKind::Discard);
-        self.file.get(graph).pdiscard(co, graph, offset, len)
+        self.below.file().pdiscard(co, graph, offset, len)
     }
 
-    fn block_status<'g>(
-        &'g self,
-        _co: &Co,
-        graph: &'g GraphRead<'_>,
-        offset: u64,
-        len: u64,
-        _precision: Precision,
-    ) -> Result<DriverStatus<'g>> {
-        Ok(DriverStatus::through(self.file.get(graph), offset, len))
-    }
-
-    fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
-        self.file.get(graph).allocated_bytes(co, graph)
-    }
-
-    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        self.file.get(graph).flush(co, graph)
-    }
-
-    fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
-        let file = self.file.get(graph);
-        let result = file.truncate(co, graph, len, exact);
-        self.len.store(file.len(graph), Ordering::Release);
-        result
-    }
-
-    fn grow_preallocated(
+    /// Copies read: what they find in the backing file is kept too.
+    fn copy_range_from(
         &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        len: u64,
-        preallocation: Preallocation,
-    ) -> Result<()> {
-        let file = self.file.get(graph);
-        let result = file.grow_preallocated(co, graph, len, preallocation);
-        self.len.store(file.len(graph), Ordering::Release);
-        result
+        _co: &Co,
+        _graph: &GraphRead<'_>,
+        _offset: u64,
+        _len: u64,
+        _to: &CopyTarget<'_>,
+    ) -> Result<Copied> {
+        Ok(Copied::No)
+    }
+
+    /// Would have to wait for copies on read.
+    fn copy_range_to(
+        &self,
+        _co: &Co,
+        _graph: &GraphRead<'_>,
+        _offset: u64,
+        _source: CopySource<'_>,
+    ) -> Result<u64> {
+        Ok(0)
     }
 
     fn len(&self) -> u64 {
-        self.len.load(Ordering::Acquire)
+        self.below.len()
     }
 
-    /// Longer and unaligned requests go on as they are: the node below takes them apart.
-    fn limits(&self) -> Limits {
-        Limits::default()
-    }
-
-    fn is_growable(&self) -> bool {
-        self.growable
-    }
-
-    /// The node below flushes where its driver cannot.
-    fn native_fua(&self) -> bool {
-        true
+    fn filtered(&self) -> Option<&Filtered> {
+        Some(&self.below)
     }
 }

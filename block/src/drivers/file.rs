@@ -23,12 +23,13 @@ use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::types::{
-    FileId, Limits, MAX_ALIGNMENT, MAX_REQUEST, Preallocation, RequestFlags, align_down, align_up,
-    bytes, in_memory,
+    FileId, Limits, MAX_ALIGNMENT, MAX_REQUEST, Permissions, Preallocation, RequestFlags,
+    align_down, align_up, bytes, in_memory,
 };
 use ahead::Ahead;
 use coblock_aio::{AlignedBuf, IoVec, IoVecMut, Medium};
-use coblock_coroutine::Co;
+use coblock_coroutine::{Co, ThreadLock};
+use locks::Held;
 use probe::{Alignment, Found};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -106,7 +107,7 @@ impl OpenDriver for OpenFile {
                 Ahead::never()
             },
             len: AtomicU64::new(found.len),
-            locked: locking,
+            locks: locking.then(|| ThreadLock::new(Held::new(opening.permissions()))),
             copies: AtomicBool::new(true),
             medium,
             filename,
@@ -188,7 +189,8 @@ struct HostFile {
     filename: String,
     found: Found,
     alignment: Alignment,
-    locked: bool,
+    /// The lock bytes that are held; none with `locking=off`.
+    locks: Option<ThreadLock<Held>>,
     /// The host copies to this file, as far as is known.
     copies: AtomicBool,
     /// What requests reach.
@@ -483,12 +485,30 @@ impl Driver for HostFile {
         Some(self.found.id)
     }
 
+    fn permissions_prepare(&self, all: Permissions) -> Result<()> {
+        self.locks.as_ref().map_or(Ok(()), |held| {
+            held.lock().prepare(self.file.as_fd(), all, &self.filename)
+        })
+    }
+
+    fn permissions_commit(&self) {
+        if let Some(held) = &self.locks {
+            held.lock().commit(self.file.as_fd());
+        }
+    }
+
+    fn permissions_abort(&self) {
+        if let Some(held) = &self.locks {
+            held.lock().abort(self.file.as_fd());
+        }
+    }
+
     /// Cuts off what was set aside, and gives the locks back now, not when the last duplicate of
     /// the descriptor goes.
     fn close(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
         let len = self.len();
         let cut = self.ahead.cut(co, &self.file, len);
-        if self.locked {
+        if self.locks.is_some() {
             locks::release(self.file.as_fd());
         }
         cut.map_err(|error| self.failed("resize", len, error))

@@ -3,17 +3,14 @@
 //! Options: `offset` and `size` in bytes, multiples of 512, name the part; without `size` it goes
 //! to the end, and grows with the file.
 
-use crate::child::Child;
-use crate::driver::{Driver, DriverStatus, OpenDriver, Precision};
+use super::filtered::Filtered;
+use crate::driver::{Driver, OpenDriver};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{GraphCell, GraphRead};
-use crate::io::{Copied, CopySource, CopyTarget};
+use crate::graph::GraphRead;
 use crate::open::Opening;
-use crate::types::{ChildRole, Limits, Preallocation, RequestFlags};
+use crate::types::{ChildRole, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Registered as `raw`.
 #[derive(Debug)]
@@ -47,61 +44,11 @@ impl OpenDriver for OpenRaw {
             );
             return Err(Error::new(ErrorKind::Invalid, message).at_file(file.filename(&guard)));
         }
-        Ok(Box::new(Raw {
-            offset,
-            fixed: size.is_some(),
-            growable: size.is_none() && file.is_growable(&guard),
-            len: AtomicU64::new(size.unwrap_or(rest)),
-            file: GraphCell::new(file.clone()),
-        }))
+        Ok(Box::new(Raw(Filtered::part(file, &guard, offset, size))))
     }
 }
 
-struct Raw {
-    offset: u64,
-    /// The options say the length.
-    fixed: bool,
-    growable: bool,
-    len: AtomicU64,
-    file: GraphCell<Arc<Child>>,
-}
-
-impl Raw {
-    /// Where `offset` lies in the child. No overflow: what is inside a part is inside the child,
-    /// and what grows has no part; the child checks the rest.
-    #[inline]
-    fn below(&self, offset: u64) -> u64 {
-        self.offset.saturating_add(offset)
-    }
-
-    /// Lets `change` make the child as long as this node of `len` bytes needs it.
-    fn resize(
-        &self,
-        graph: &GraphRead<'_>,
-        len: u64,
-        change: impl FnOnce(&Child, u64) -> Result<()>,
-    ) -> Result<()> {
-        if self.fixed {
-            return Err(Error::new(
-                ErrorKind::NotSupported,
-                "Cannot resize fixed-size raw disks",
-            ));
-        }
-        let file = self.file.get(graph);
-        let Some(below) = self.offset.checked_add(len) else {
-            return Err(Error::new(
-                ErrorKind::LimitExceeded,
-                "Disk size too large for the chosen offset",
-            ));
-        };
-        let result = change(file, below);
-        self.len.store(
-            file.len(graph).saturating_sub(self.offset),
-            Ordering::Release,
-        );
-        result
-    }
-}
+struct Raw(Filtered);
 
 impl Driver for Raw {
     fn format(&self) -> &'static str {
@@ -116,9 +63,8 @@ impl Driver for Raw {
         buf: IoVecMut<'_>,
         flags: RequestFlags,
     ) -> Result<()> {
-        self.file
-            .get(graph)
-            .pread(co, graph, self.below(offset), buf, flags)
+        let at = self.0.below(offset);
+        self.0.file().pread(co, graph, at, buf, flags)
     }
 
     fn pwrite(
@@ -129,108 +75,15 @@ impl Driver for Raw {
         buf: IoVec<'_>,
         flags: RequestFlags,
     ) -> Result<()> {
-        self.file
-            .get(graph)
-            .pwrite(co, graph, self.below(offset), buf, flags)
-    }
-
-    fn pwrite_zeroes(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        offset: u64,
-        len: u64,
-        flags: RequestFlags,
-    ) -> Result<()> {
-        self.file
-            .get(graph)
-            .pwrite_zeroes(co, graph, self.below(offset), len, flags)
-    }
-
-    fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
-        self.file
-            .get(graph)
-            .pdiscard(co, graph, self.below(offset), len)
-    }
-
-    fn copy_range_from(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        offset: u64,
-        len: u64,
-        to: &CopyTarget<'_>,
-    ) -> Result<Copied> {
-        self.file
-            .get(graph)
-            .copy_range_from(co, graph, self.below(offset), len, to)
-    }
-
-    fn copy_range_to(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        offset: u64,
-        source: CopySource<'_>,
-    ) -> Result<u64> {
-        self.file
-            .get(graph)
-            .copy_range_to(co, graph, self.below(offset), source)
-    }
-
-    fn block_status<'g>(
-        &'g self,
-        _co: &Co,
-        graph: &'g GraphRead<'_>,
-        offset: u64,
-        len: u64,
-        _precision: Precision,
-    ) -> Result<DriverStatus<'g>> {
-        let file = self.file.get(graph);
-        Ok(DriverStatus::through(file, self.below(offset), len))
-    }
-
-    fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
-        self.file.get(graph).allocated_bytes(co, graph)
-    }
-
-    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        self.file.get(graph).flush(co, graph)
-    }
-
-    fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
-        self.resize(graph, len, |file, below| {
-            file.truncate(co, graph, below, exact)
-        })
-    }
-
-    fn grow_preallocated(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        len: u64,
-        preallocation: Preallocation,
-    ) -> Result<()> {
-        self.resize(graph, len, |file, below| {
-            file.grow_preallocated(co, graph, below, preallocation)
-        })
+        let at = self.0.below(offset);
+        self.0.file().pwrite(co, graph, at, buf, flags)
     }
 
     fn len(&self) -> u64 {
-        self.len.load(Ordering::Acquire)
+        self.0.len()
     }
 
-    /// Longer and unaligned requests go on as they are: the node below takes them apart.
-    fn limits(&self) -> Limits {
-        Limits::default()
-    }
-
-    fn is_growable(&self) -> bool {
-        self.growable
-    }
-
-    /// The node below flushes where its driver cannot.
-    fn native_fua(&self) -> bool {
-        true
+    fn filtered(&self) -> Option<&Filtered> {
+        Some(&self.0)
     }
 }

@@ -3,18 +3,17 @@
 //! Options: `file`, and `throttle-group`, the name of a group of the graph
 //! ([`Graph::add_throttle_group`](crate::Graph::add_throttle_group)).
 
-use crate::child::Child;
-use crate::driver::{Driver, DriverStatus, OpenDriver, Precision};
+use super::filtered::Filtered;
+use crate::driver::{Driver, OpenDriver};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{GraphCell, GraphRead};
+use crate::graph::GraphRead;
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::throttle::{Direction, Member};
-use crate::types::{ChildRole, Limits, Preallocation, RequestFlags, bytes};
+use crate::types::{ChildRole, RequestFlags, bytes};
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 pub(crate) struct OpenThrottle;
 
@@ -35,18 +34,14 @@ impl OpenDriver for OpenThrottle {
         let file = opening.open_child(co, "file", ChildRole::Filtered)?;
         let graph = opening.graph().read(co);
         Ok(Box::new(Throttle {
-            len: AtomicU64::new(file.len(&graph)),
-            growable: file.is_growable(&graph),
-            file: GraphCell::new(file),
+            below: Filtered::new(file, &graph),
             member: group.join(),
         }))
     }
 }
 
 struct Throttle {
-    len: AtomicU64,
-    growable: bool,
-    file: GraphCell<Arc<Child>>,
+    below: Filtered,
     member: Arc<Member>,
 }
 
@@ -74,7 +69,7 @@ impl Driver for Throttle {
         flags: RequestFlags,
     ) -> Result<()> {
         self.reads(co, bytes(buf.len()));
-        self.file.get(graph).pread(co, graph, offset, buf, flags)
+        self.below.file().pread(co, graph, offset, buf, flags)
     }
 
     fn pwrite(
@@ -86,7 +81,7 @@ impl Driver for Throttle {
         flags: RequestFlags,
     ) -> Result<()> {
         self.writes(co, bytes(buf.len()));
-        self.file.get(graph).pwrite(co, graph, offset, buf, flags)
+        self.below.file().pwrite(co, graph, offset, buf, flags)
     }
 
     fn pwrite_zeroes(
@@ -98,13 +93,13 @@ impl Driver for Throttle {
         flags: RequestFlags,
     ) -> Result<()> {
         self.writes(co, len);
-        let file = self.file.get(graph);
+        let file = self.below.file();
         file.pwrite_zeroes(co, graph, offset, len, flags)
     }
 
     fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
         self.writes(co, len);
-        self.file.get(graph).pdiscard(co, graph, offset, len)
+        self.below.file().pdiscard(co, graph, offset, len)
     }
 
     fn copy_range_from(
@@ -115,7 +110,7 @@ impl Driver for Throttle {
         len: u64,
         to: &CopyTarget<'_>,
     ) -> Result<Copied> {
-        let file = self.file.get(graph);
+        let file = self.below.file();
         let copied = file.copy_range_from(co, graph, offset, len, to)?;
         // What is not copied here is read, and paid for then.
         if let Copied::Bytes(len) = copied {
@@ -131,53 +126,11 @@ impl Driver for Throttle {
         offset: u64,
         source: CopySource<'_>,
     ) -> Result<u64> {
-        let copied = self
-            .file
-            .get(graph)
-            .copy_range_to(co, graph, offset, source)?;
+        let copied = self.below.file().copy_range_to(co, graph, offset, source)?;
         if copied > 0 {
             self.writes(co, copied);
         }
         Ok(copied)
-    }
-
-    fn block_status<'g>(
-        &'g self,
-        _co: &Co,
-        graph: &'g GraphRead<'_>,
-        offset: u64,
-        len: u64,
-        _precision: Precision,
-    ) -> Result<DriverStatus<'g>> {
-        Ok(DriverStatus::through(self.file.get(graph), offset, len))
-    }
-
-    fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
-        self.file.get(graph).allocated_bytes(co, graph)
-    }
-
-    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        self.file.get(graph).flush(co, graph)
-    }
-
-    fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
-        let file = self.file.get(graph);
-        let result = file.truncate(co, graph, len, exact);
-        self.len.store(file.len(graph), Ordering::Release);
-        result
-    }
-
-    fn grow_preallocated(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        len: u64,
-        preallocation: Preallocation,
-    ) -> Result<()> {
-        let file = self.file.get(graph);
-        let result = file.grow_preallocated(co, graph, len, preallocation);
-        self.len.store(file.len(graph), Ordering::Release);
-        result
     }
 
     fn drained_begin(&self) {
@@ -189,20 +142,10 @@ impl Driver for Throttle {
     }
 
     fn len(&self) -> u64 {
-        self.len.load(Ordering::Acquire)
+        self.below.len()
     }
 
-    /// Longer and unaligned requests go on as they are: the node below takes them apart.
-    fn limits(&self) -> Limits {
-        Limits::default()
-    }
-
-    fn is_growable(&self) -> bool {
-        self.growable
-    }
-
-    /// The node below flushes where its driver cannot.
-    fn native_fua(&self) -> bool {
-        true
+    fn filtered(&self) -> Option<&Filtered> {
+        Some(&self.below)
     }
 }

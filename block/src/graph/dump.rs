@@ -1,6 +1,6 @@
 //! What is in the graph, for people and for programs: nodes, edges, and requests in flight.
 
-use super::{Graph, GraphRead};
+use super::{Graph, GraphAccess};
 use crate::request_table::InFlight;
 use std::fmt::Write;
 
@@ -36,7 +36,7 @@ pub struct GraphDump {
 
 impl Graph {
     /// What is in the graph now. Requests go on meanwhile: each node is right for itself.
-    pub fn dump(&self, graph: &GraphRead<'_>) -> GraphDump {
+    pub fn dump(&self, graph: &impl GraphAccess) -> GraphDump {
         let dump = |node: &crate::Node| NodeDump {
             name: node.name().to_owned(),
             driver: node.format(),

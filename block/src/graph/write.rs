@@ -3,6 +3,7 @@
 use super::Graph;
 use crate::drain::Quiesced;
 use crate::graph_lock::WriteLocked;
+use coblock_aio::RefusePolls;
 use std::fmt;
 use std::sync::Arc;
 
@@ -26,15 +27,29 @@ impl Graph {
             "rule 7.5: the graph is locked for writing outside of its main context '{}'",
             main.name()
         );
+        let still = || coblock_aio::refuse_polls("rule 7.5: the graph is locked for writing");
         // Without waiting: only so that readers do not arrive for ever.
         let quiesced = Quiesced::all(self);
         let locked = self.lock.write(|condition| {
             self.wait.wait_while(main, condition);
         });
         GraphWrite {
-            held: Some((locked, quiesced)),
+            held: Some((still(), locked, Some(quiesced))),
             graph: self,
         }
+    }
+}
+
+impl Graph {
+    /// The same, once and without waiting; in the main home, outside of coroutines. `None`: there
+    /// are readers. The caller has announced a writer and quiesced the nodes.
+    pub(super) fn try_write(self: &Arc<Graph>) -> Option<GraphWrite<'_>> {
+        let locked = self.lock.try_write()?;
+        let still = coblock_aio::refuse_polls("rule 7.5: the graph is locked for writing");
+        Some(GraphWrite {
+            held: Some((still, locked, None)),
+            graph: self,
+        })
     }
 }
 
@@ -47,7 +62,7 @@ impl Graph {
 /// ```
 pub struct GraphWrite<'a> {
     /// Until it is dropped; in the order in which it ends.
-    held: Option<(WriteLocked<'a>, Quiesced)>,
+    held: Option<(RefusePolls, WriteLocked<'a>, Option<Quiesced>)>,
     graph: &'a Arc<Graph>,
 }
 

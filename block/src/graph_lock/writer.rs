@@ -43,10 +43,46 @@ impl GraphLock {
         }
     }
 
+    /// One attempt, without waiting; `None`: there are readers.
+    ///
+    /// # Panics
+    /// As [`GraphLock::write`].
+    #[track_caller]
+    pub(crate) fn try_write(&self) -> Option<WriteLocked<'_>> {
+        let at = Location::caller();
+        assert!(
+            !coblock_coroutine::in_coroutine(),
+            "rule 7.5: the graph is locked for writing at {at} in a coroutine"
+        );
+        if writer::looks_free(self.sum()) {
+            if self.try_own(at) {
+                return Some(WriteLocked {
+                    lock: self,
+                    on_its_thread: PhantomData,
+                });
+            }
+            // They came in while the flag was set.
+            self.wake_queue();
+        }
+        None
+    }
+
+    /// A writer waits: readers that leave kick, as long as the guard lives.
+    pub(crate) fn announce(&self) -> Waits<'_> {
+        Waits::announce(self)
+    }
+
     pub(super) fn try_own(&self, at: &'static Location<'static>) -> bool {
         // A callback may have written, and be writing still, while this one waited.
         self.refuse_second(at);
         let mut slow = self.slow.lock();
+        if let Some((_, reads)) = slow.in_main {
+            drop(slow);
+            panic!(
+                "rule 7.8: the graph is locked for writing at {at} while it is read without counting \
+                 at {reads}"
+            );
+        }
         let counts = self.slots.iter().map(|slot| &slot.count);
         let owned = writer::try_own(&self.flags, counts, slow.orphans);
         if owned {
@@ -74,7 +110,7 @@ impl GraphLock {
 }
 
 /// One writer that waits; also when a callback panics meanwhile.
-struct Waits<'a>(&'a GraphLock);
+pub(crate) struct Waits<'a>(&'a GraphLock);
 
 impl<'a> Waits<'a> {
     fn announce(lock: &'a GraphLock) -> Self {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coblock::block::drivers::sim::{LogEntry, SimDisk};
-use coblock::block::{self, BlockBackend, Explicit, Options};
+use coblock::block::{self, BlockBackend, Explicit, Node, Options};
 use coblock::coroutine::Co;
 use coblock::qcow2::{Qcow2, Qcow2Stats};
 
@@ -227,7 +227,7 @@ fn auditor(stage: &Stage, audits: Rc<Cell<u64>>) -> impl Fn(&Ended<'_>) + 'stati
         }
         let peek =
             |offset: u64, into: &mut [u8]| into.copy_from_slice(&disk.peek(offset, into.len()));
-        match qcow2(ended.backend).audit(ended.co, &peek) {
+        match qcow2(&ended.backend.node()).audit(ended.co, &peek) {
             None => {}
             Some(Ok(_)) => audits.set(audits.get() + 1),
             Some(Err(why)) => panic!("seed {seed}: after {}: {}: {why}", ended.index, ended.op),
@@ -237,15 +237,11 @@ fn auditor(stage: &Stage, audits: Rc<Cell<u64>>) -> impl Fn(&Ended<'_>) + 'stati
 
 /// What the qcow2 driver of a disk counted.
 pub fn stats(backend: &BlockBackend) -> Qcow2Stats {
-    qcow2(backend).stats()
+    qcow2(&backend.node()).stats()
 }
 
-/// The qcow2 driver of a disk.
-pub fn qcow2(backend: &BlockBackend) -> &Qcow2 {
-    let driver = backend
-        .node()
-        .driver()
-        .as_any()
-        .expect("qcow2 shows itself");
+/// The driver of a qcow2 node.
+pub fn qcow2(node: &Node) -> &Qcow2 {
+    let driver = node.driver().as_any().expect("qcow2 shows itself");
     driver.downcast_ref().expect("a qcow2 node")
 }

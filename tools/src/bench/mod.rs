@@ -437,7 +437,8 @@ fn cpu_time() -> Duration {
 }
 
 fn qcow2_stats(backend: &BlockBackend) -> Option<Qcow2Stats> {
-    let driver = backend.node().driver().as_any()?;
+    let node = backend.node();
+    let driver = node.driver().as_any()?;
     driver.downcast_ref::<Qcow2>().map(Qcow2::stats)
 }
 

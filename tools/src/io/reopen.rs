@@ -97,7 +97,8 @@ pub(super) fn reopen(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failu
         return refuse("reopen: an image below a temporary one cannot be opened again");
     }
     if changes.get("read-only").is_some_and(is_on) && image.write {
-        let node = image.backend.node().name();
+        let node = image.backend.node();
+        let node = node.name();
         return refuse(&format!(
             "Read-only block node '{node}' cannot support read-write users"
         ));
@@ -146,7 +147,7 @@ fn now(image: &Image, key: &str) -> Option<String> {
         let mut node = image.backend.node();
         if image.with.copy_on_read {
             // The filter is not one of the user's nodes.
-            node = node.children(&graph).first()?.node(&graph);
+            node = node.children(&graph).first()?.node(&graph).clone();
         }
         let mut parts = key.split('.').peekable();
         while let Some(part) = parts.next() {
@@ -158,7 +159,8 @@ fn now(image: &Image, key: &str) -> Option<String> {
                 };
             }
             let mut children = node.children(&graph).iter();
-            node = children.find(|child| child.name() == part)?.node(&graph);
+            let child = children.find(|child| child.name() == part)?;
+            node = child.node(&graph).clone();
         }
         None
     })

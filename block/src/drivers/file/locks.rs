@@ -20,11 +20,9 @@ use std::os::fd::BorrowedFd;
 
 const HELD_BASE: u64 = 100;
 const UNSHARED_BASE: u64 = 200;
-/// Bits of [`Perm`] that have lock bytes.
-const BITS: u32 = 4;
 
 fn bits(perm: Perm) -> impl Iterator<Item = u32> {
-    (0..BITS).filter(move |bit| perm.bits() & 1 << bit != 0)
+    (0..Perm::BITS).filter(move |bit| perm.bits() & 1 << bit != 0)
 }
 
 /// Takes the lock bytes of `wanted` and looks who else is there. Does not block.
@@ -40,6 +38,54 @@ pub(super) fn acquire(fd: BorrowedFd<'_>, wanted: Permissions, filename: &str) -
             .at_file(filename)
             .with_hint(format!("Is another process using the image [{filename}]?"))
     })
+}
+
+/// The lock bytes of one open file, while permissions change.
+#[derive(Debug)]
+pub(super) struct Held {
+    now: Permissions,
+    /// Taken too, not yet for good.
+    next: Option<Permissions>,
+}
+
+impl Held {
+    pub(super) fn new(now: Permissions) -> Self {
+        Held { now, next: None }
+    }
+
+    /// Takes what `next` needs more, and looks who else is there.
+    ///
+    /// # Errors
+    /// As [`acquire`]; the locks are as before.
+    pub(super) fn prepare(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        next: Permissions,
+        filename: &str,
+    ) -> Result<()> {
+        let more = Permissions {
+            held: next.held - self.now.held,
+            shared: next.shared | !self.now.shared,
+        };
+        let result = take(fd, more).and_then(|()| conflicts(fd, more));
+        if let Err(error) = result {
+            release_all_but(fd, self.now);
+            let hint = format!("Is another process using the image [{filename}]?");
+            return Err(error.at_file(filename).with_hint(hint));
+        }
+        self.next = Some(next);
+        Ok(())
+    }
+
+    pub(super) fn commit(&mut self, fd: BorrowedFd<'_>) {
+        self.now = self.next.take().unwrap_or(self.now);
+        release_all_but(fd, self.now);
+    }
+
+    pub(super) fn abort(&mut self, fd: BorrowedFd<'_>) {
+        self.next = None;
+        release_all_but(fd, self.now);
+    }
 }
 
 fn take(fd: BorrowedFd<'_>, wanted: Permissions) -> Result<()> {
@@ -85,7 +131,19 @@ fn conflicts(fd: BorrowedFd<'_>, wanted: Permissions) -> Result<()> {
 
 /// Gives all lock bytes back.
 pub(super) fn release(fd: BorrowedFd<'_>) {
-    for byte in (0..u64::from(BITS)).flat_map(|bit| [HELD_BASE + bit, UNSHARED_BASE + bit]) {
+    release_all_but(
+        fd,
+        Permissions {
+            held: Perm::empty(),
+            shared: Perm::all(),
+        },
+    );
+}
+
+fn release_all_but(fd: BorrowedFd<'_>, keep: Permissions) {
+    let held = bits(!keep.held).map(|bit| HELD_BASE + u64::from(bit));
+    let unshared = bits(keep.shared).map(|bit| UNSHARED_BASE + u64::from(bit));
+    for byte in held.chain(unshared) {
         if let Err(error) = lock_range(fd, LockKind::Unlock, byte, 1) {
             log::warn!("unlocking byte {byte}: {error}");
         }

@@ -1,0 +1,509 @@
+//! Changes of the graph while requests go through it: all or none (rule 8.2).
+//!
+//! ```text
+//!   in a coroutine          drain every touched node; prepare the actions, one after the other
+//!   in the main home,       where does each user lead to, is there a cycle, do permissions go together,
+//!   outside of coroutines,  are drivers ready for them?   no: nothing has changed
+//!   graph locked            edges move, permissions are taken, actions commit: nothing fails
+//!   in the coroutine        or else abort the actions, the last one first; clean them always;
+//!                           close what has no user any more; end the sections
+//! ```
+//! Edges move while both the node that they leave and the node that they come to are drained, so the
+//! parent stays quiesced and no request of it is under way (rule 5.4). Permissions are computed on the
+//! graph as it will be, so the order of steps inside a transaction does not matter.
+
+use super::permissions::Future;
+use super::{Graph, GraphWrite};
+use crate::backend::BlockBackend;
+use crate::child::Child;
+use crate::drain::{Drain, Drained, Parent, Quiesced, Section};
+use crate::error::{Error, ErrorKind, Result};
+use crate::node::{Node, close_unused};
+use crate::types::ChildRole;
+use coblock_coroutine::{Co, Hold, ThreadLock};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A part of a transaction that is no edge: see [`Transaction::action`].
+///
+/// `prepare` does whatever can fail. All were prepared: all `commit`. One was not: those before it
+/// `abort`, the last one first. `clean` comes for each that was prepared, at the end.
+pub trait Action: Send {
+    /// Gets ready, with the nodes drained. Suspends.
+    ///
+    /// # Errors
+    /// What keeps it from being ready; it has undone its part then, and neither `abort` nor `clean`
+    /// follows.
+    fn prepare(&mut self, co: &Co) -> Result<()>;
+
+    /// It happens. Under the write lock: does not poll.
+    fn commit(&mut self, graph: &mut GraphWrite<'_>);
+
+    /// It does not happen: undoes what `prepare` did. Suspends.
+    fn abort(&mut self, co: &Co) {
+        let _ = co;
+    }
+
+    /// The last call, with the nodes still drained. Suspends.
+    fn clean(&mut self, co: &Co) {
+        let _ = co;
+    }
+}
+
+/// One wish.
+enum Step {
+    /// All users of the one go to the other, but those that stand below it.
+    Users { from: Arc<Node>, to: Arc<Node> },
+    /// One user.
+    User {
+        user: Arc<dyn Parent>,
+        to: Arc<Node>,
+    },
+}
+
+/// Changes of one graph that happen together or not at all (rule 8.2).
+///
+/// ```no_run
+/// # use {coblock_block::{BlockBackend, Node, Transaction, Result}, coblock_coroutine::Co, std::sync::Arc};
+/// # fn snapshot(co: &Co, disks: &[(BlockBackend, Arc<Node>)]) -> Result<()> {
+/// // One overlay for each disk, opened with `backing=` the node that the disk has now.
+/// let mut transaction = Transaction::new(disks[0].0.graph());
+/// for (disk, overlay) in disks {
+///     transaction.insert(overlay);
+/// }
+/// transaction.run(co)
+/// # }
+/// ```
+#[must_use = "nothing happens before it is run"]
+pub struct Transaction {
+    graph: Arc<Graph>,
+    steps: Vec<Step>,
+    touched: Vec<Arc<Node>>,
+    actions: Vec<Box<dyn Action>>,
+    limit: Option<Duration>,
+}
+
+impl Transaction {
+    /// Without any change yet.
+    pub fn new(graph: &Arc<Graph>) -> Transaction {
+        Transaction {
+            graph: graph.clone(),
+            steps: Vec::new(),
+            touched: Vec::new(),
+            actions: Vec::new(),
+            limit: None,
+        }
+    }
+
+    /// How long each of the nodes may take until it is drained, on the clock of the graph's main
+    /// context; without it for ever.
+    pub fn within(&mut self, limit: Duration) -> &mut Self {
+        self.limit = Some(limit);
+        self
+    }
+
+    /// All users of `from` get `to` instead; not those that are `to` itself or stand below it. If
+    /// nobody uses `from` then, it is closed. Keep it with a [`BlockBackend`] that holds nothing.
+    pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>) -> &mut Self {
+        self.touch(from);
+        self.touch(to);
+        self.steps.push(Step::Users {
+            from: from.clone(),
+            to: to.clone(),
+        });
+        self
+    }
+
+    /// Puts `above`, which was opened on an existing node, between that node and its other users: a
+    /// filter, or an overlay for a snapshot.
+    ///
+    /// The existing node is the one that `above` filters, or else its backing file.
+    ///
+    /// # Panics
+    /// When `above` has neither.
+    #[track_caller]
+    pub fn insert(&mut self, above: &Arc<Node>) -> &mut Self {
+        let below = stands_on(above).unwrap_or_else(|| {
+            panic!(
+                "node '{}' neither filters another node nor has a backing file",
+                above.name()
+            )
+        });
+        self.replace(&below, above)
+    }
+
+    /// Takes a filter out: its users get the node that it filters, and it is closed.
+    ///
+    /// # Panics
+    /// When `filter` is none.
+    #[track_caller]
+    pub fn remove(&mut self, filter: &Arc<Node>) -> &mut Self {
+        let below = edge_of(filter, ChildRole::Filtered)
+            .unwrap_or_else(|| panic!("node '{}' is no filter", filter.name()))
+            .below();
+        self.replace(filter, &below)
+    }
+
+    /// One edge gets another node.
+    pub fn set_child(&mut self, edge: &Arc<Child>, to: &Arc<Node>) -> &mut Self {
+        self.user(edge.clone(), to)
+    }
+
+    /// One backend gets another node.
+    pub fn set_node(&mut self, backend: &BlockBackend, to: &Arc<Node>) -> &mut Self {
+        self.user(backend.as_parent(), to)
+    }
+
+    fn user(&mut self, user: Arc<dyn Parent>, to: &Arc<Node>) -> &mut Self {
+        self.touch(&user.end().now());
+        self.touch(to);
+        self.steps.push(Step::User {
+            user,
+            to: to.clone(),
+        });
+        self
+    }
+
+    /// Something else that happens with it, with `nodes` drained.
+    pub fn action(&mut self, nodes: &[Arc<Node>], action: Box<dyn Action>) -> &mut Self {
+        for node in nodes {
+            self.touch(node);
+        }
+        self.actions.push(action);
+        self
+    }
+
+    fn touch(&mut self, node: &Arc<Node>) {
+        if !self.touched.iter().any(|known| Arc::ptr_eq(known, node)) {
+            self.touched.push(node.clone());
+        }
+    }
+
+    /// Makes all the changes. From a coroutine of any context; suspends. Transactions of one graph
+    /// happen one after the other.
+    ///
+    /// The coroutine must have no request of its own in flight: it would wait for itself.
+    ///
+    /// # Errors
+    /// `InUse` when a node stays busy longer than [`Transaction::within`] says; `Chain` for a cycle,
+    /// `Conflict` where permissions do not go together, `ReadOnly`, `Closed`, `Invalid` where a filter
+    /// would get a child of another length, else what an action or a driver said. The graph is as it
+    /// was then.
+    ///
+    /// # Panics
+    /// When the coroutine holds a graph guard.
+    pub fn run(&mut self, co: &Co) -> Result<()> {
+        assert_eq!(
+            co.holds(Hold::GraphRead),
+            0,
+            "rule 5.11: {co:?} changes the graph with a guard of it held"
+        );
+        let graph = self.graph.clone();
+        let _one_at_a_time = graph.changing.lock(co);
+        let sections = self.drain(co)?;
+        let mut prepared = 0;
+        let mut result = Ok(());
+        for action in &mut self.actions {
+            result = action.prepare(co);
+            if result.is_err() {
+                break;
+            }
+            prepared += 1;
+        }
+        let mut unused = Vec::new();
+        if result.is_ok() {
+            match self.commit_in_main(co) {
+                Ok(nodes) => unused = nodes,
+                Err(error) => result = Err(error),
+            }
+        }
+        if result.is_err() {
+            for action in self.actions[..prepared].iter_mut().rev() {
+                action.abort(co);
+            }
+        }
+        for action in &mut self.actions[..prepared] {
+            action.clean(co);
+        }
+        for node in unused {
+            if node.users() > 0 {
+                continue;
+            }
+            let name = node.name().to_owned();
+            if let Err(error) = close_unused(co, &graph, node) {
+                // It was flushed before, so nothing that was promised is lost.
+                log::warn!("closing node '{name}', which was taken out of the graph: {error}");
+            }
+        }
+        drop(sections);
+        self.steps.clear();
+        self.touched.clear();
+        self.actions.clear();
+        result
+    }
+
+    /// The same outside of coroutines, in the home of the graph's main context: polls it.
+    ///
+    /// # Errors
+    /// As [`Transaction::run`].
+    ///
+    /// # Panics
+    /// In a coroutine, and elsewhere than in the home of the main context.
+    #[track_caller]
+    pub fn run_blocking(mut self) -> Result<()> {
+        let graph = self.graph.clone();
+        let (wait, main) = (graph.wait(), graph.main_context());
+        assert!(
+            main.is_current() && !coblock_coroutine::in_coroutine(),
+            "rule 7.5: the graph is changed outside of coroutines elsewhere than in its main context \
+             '{}'",
+            main.name()
+        );
+        let ended = Arc::new(ThreadLock::new(None));
+        let started = coblock_aio::spawn("transaction", {
+            let (ended, wait) = (ended.clone(), wait.clone());
+            move |co| {
+                let result = self.run(co);
+                *ended.lock() = Some(result);
+                wait.kick();
+            }
+        });
+        started.map_err(|error| Error::new(ErrorKind::OutOfMemory, error.to_string()))?;
+        wait.wait_while(main, || ended.lock().is_none());
+        let result = ended.lock().take();
+        result.expect("it has ended")
+    }
+
+    /// Every touched node, and what they write is on stable storage where a node may be closed.
+    fn drain(&self, co: &Co) -> Result<Vec<Drained>> {
+        let mut sections = Vec::new();
+        for node in &self.touched {
+            if node.requests().is_closed() {
+                return Err(node.closed());
+            }
+            sections.push(match self.limit {
+                None => node.drain(co),
+                Some(limit) => node.drain_within(co, limit).map_err(|busy| {
+                    let message = format!("Node '{}' is busy: {busy}", node.name());
+                    Error::new(ErrorKind::InUse, message)
+                })?,
+            });
+        }
+        for step in &self.steps {
+            let from = match step {
+                Step::Users { from, .. } => from.clone(),
+                Step::User { user, .. } => user.end().now(),
+            };
+            from.flush(co, &self.graph.read(co))?;
+        }
+        Ok(sections)
+    }
+
+    /// The second part. Tells which nodes have no user any more.
+    fn commit_in_main(&mut self, co: &Co) -> Result<Vec<Arc<Node>>> {
+        let main = self.graph.main_context().clone();
+        // So that readers do not arrive for ever (rule 7.5).
+        let _quiesced = in_main_home(co, &main, {
+            let graph = self.graph.clone();
+            move || Quiesced::all(&graph)
+        });
+        let parts = Arc::new(ThreadLock::new((
+            std::mem::take(&mut self.steps),
+            std::mem::take(&mut self.actions),
+        )));
+        let _waits = self.graph.lock.announce();
+        let result = loop {
+            // Listed before the attempt: who leaves after it wakes.
+            self.graph.writers.lock().push(co.wake_handle());
+            let attempt = in_main_home(co, &main, {
+                let (graph, parts) = (self.graph.clone(), parts.clone());
+                move || {
+                    let mut write = graph.try_write()?;
+                    let (steps, actions) = &mut *parts.lock();
+                    Some(commit(&mut write, steps, actions))
+                }
+            });
+            match attempt {
+                Some(result) => break result,
+                None => co.suspend(),
+            }
+        };
+        self.graph.writers.lock().clear();
+        (self.steps, self.actions) = std::mem::take(&mut *parts.lock());
+        result
+    }
+}
+
+impl fmt::Debug for Transaction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let touched: Vec<_> = self.touched.iter().map(|node| node.name()).collect();
+        f.debug_struct("Transaction")
+            .field("touched", &touched)
+            .field("actions", &self.actions.len())
+            .finish_non_exhaustive()
+    }
+}
+
+fn edge_of(node: &Arc<Node>, role: ChildRole) -> Option<&Arc<Child>> {
+    node.edges().iter().find(|edge| edge.role() == role)
+}
+
+fn stands_on(node: &Arc<Node>) -> Option<Arc<Node>> {
+    let edge = edge_of(node, ChildRole::Filtered).or_else(|| edge_of(node, ChildRole::Backing))?;
+    Some(edge.below())
+}
+
+/// Calls `f` in the main home, outside of coroutines.
+pub(crate) fn in_main_home<R: Send + 'static>(
+    co: &Co,
+    main: &Arc<coblock_aio::AioContext>,
+    f: impl FnOnce() -> R + Send + 'static,
+) -> R {
+    let done = Arc::new(ThreadLock::new(None));
+    main.oneshot({
+        let (done, handle) = (done.clone(), co.wake_handle());
+        move || {
+            let result = f();
+            *done.lock() = Some(result);
+            handle.wake();
+        }
+    });
+    loop {
+        let result = done.lock().take();
+        match result {
+            Some(result) => return result,
+            None => co.suspend(),
+        }
+    }
+}
+
+/// With the graph locked: everything, or an error and nothing.
+fn commit(
+    write: &mut GraphWrite<'_>,
+    steps: &[Step],
+    actions: &mut [Box<dyn Action>],
+) -> Result<Vec<Arc<Node>>> {
+    let graph = write.graph().clone();
+    let unused = graph.section(|section| {
+        let mut future = Future::default();
+        for step in steps {
+            match step {
+                Step::Users { from, to } => {
+                    for user in from.users_now() {
+                        section.parents.push(user.clone());
+                        if !stands_at_or_below(&*user, to, section) {
+                            future.lead(user, to.clone());
+                        }
+                    }
+                }
+                Step::User { user, to } => future.lead(user.clone(), to.clone()),
+            }
+        }
+        future.settle();
+        let result = move_all(write, &future, section);
+        future.keep(section);
+        result
+    })?;
+    for action in actions {
+        action.commit(write);
+    }
+    Ok(unused)
+}
+
+fn move_all(
+    write: &mut GraphWrite<'_>,
+    future: &Future,
+    section: &mut Section<'_>,
+) -> Result<Vec<Arc<Node>>> {
+    for (user, to) in future.moves() {
+        refuse_unfit(&**user, to)?;
+    }
+    let permissions = future.prepare(&[])?;
+    // From here on nothing fails.
+    permissions.commit();
+    for (user, to) in future.moves() {
+        let from = move_user(write, section, user, to);
+        section.nodes.push(from);
+    }
+    for (user, _) in future.moves() {
+        if let Some(owner) = user.owner() {
+            refresh_limits(owner, section);
+        }
+    }
+    Ok(future.removed())
+}
+
+/// Rule 5.4: the user stays quiesced while it moves; at an undrained node it is let go afterwards.
+fn move_user(
+    write: &mut GraphWrite<'_>,
+    section: &mut Section<'_>,
+    user: &Arc<dyn Parent>,
+    to: &Arc<Node>,
+) -> Arc<Node> {
+    assert!(
+        user.is_quiesced(),
+        "rule 5.4: {} gets node '{}' as '{}' and is not quiesced",
+        user.who(),
+        to.name(),
+        user.edge_name()
+    );
+    let from = user.end().replace(write, to.clone());
+    from.leave(&**user);
+    to.enter(user);
+    if !to.is_drained() {
+        user.drained_end(section);
+    }
+    user.node_changed(from.len(), to.len(), section);
+    from
+}
+
+/// Does the user belong to `top`, or to a node that `top` stands on?
+fn stands_at_or_below(user: &dyn Parent, top: &Arc<Node>, section: &mut Section<'_>) -> bool {
+    let Some(owner) = user.owner() else {
+        return false;
+    };
+    section.nodes.push(owner.clone());
+    let mut seen = BTreeSet::new();
+    let mut look = vec![top.clone()];
+    while let Some(node) = look.pop() {
+        section.nodes.push(node.clone());
+        if Arc::ptr_eq(&node, &owner) {
+            return true;
+        }
+        if seen.insert(Arc::as_ptr(&node).addr()) {
+            look.extend(node.edges().iter().map(|edge| edge.below()));
+        }
+    }
+    false
+}
+
+fn refuse_unfit(user: &dyn Parent, to: &Arc<Node>) -> Result<()> {
+    if to.requests().is_closed() {
+        return Err(to.closed());
+    }
+    let (now, then) = (user.end().now().len(), to.len());
+    if user.role() == Some(ChildRole::Filtered) && now != then {
+        let message = format!(
+            "{} filters {now} bytes and cannot get node '{}' of {then} bytes",
+            user.who(),
+            to.name()
+        );
+        return Err(Error::new(ErrorKind::Invalid, message));
+    }
+    Ok(())
+}
+
+/// What requests of `node` may be so that nobody takes them apart, and of all nodes above.
+fn refresh_limits(node: Arc<Node>, section: &mut Section<'_>) {
+    let mut look = vec![node];
+    while let Some(node) = look.pop() {
+        if node.refresh_whole_limits() {
+            for user in node.parents(section) {
+                look.extend(user.owner());
+            }
+        }
+        section.nodes.push(node);
+    }
+}
