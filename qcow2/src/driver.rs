@@ -307,6 +307,7 @@ impl Driver for Qcow2 {
         _flags: RequestFlags,
     ) -> Result<()> {
         let _turn = self.turn(co);
+        self.check_readable()?;
         match self.read_in_place(co, graph, GuestOffset(offset), &mut buf) {
             Some(done) => done,
             None => self.read_in_parts(co, graph, GuestOffset(offset), buf),
@@ -369,6 +370,7 @@ impl Driver for Qcow2 {
         to: &CopyTarget<'_>,
     ) -> Result<Copied> {
         let _turn = self.turn(co);
+        self.check_readable()?;
         self.copy_extent_from(co, graph, GuestOffset(offset), len, to)
     }
 
@@ -396,7 +398,9 @@ impl Driver for Qcow2 {
         len: u64,
         precision: Precision,
     ) -> Result<DriverStatus<'g>> {
+        self.check_readable()?;
         self.status(co, graph, GuestOffset(offset), len, precision)
+            .map_err(|error| self.notice(co, graph, error, Found::ByRead))
     }
 
     fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {

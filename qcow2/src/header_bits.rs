@@ -77,7 +77,8 @@ impl Qcow2 {
     }
 
     /// The image contradicts itself in a way that a write would make worse: marks it as corrupt, in
-    /// the file too, and returns the error for the request that found it. (Hazard O13.)
+    /// the file too, and returns the error for the request that found it. If it was open for
+    /// writing, every later request fails with `ENOMEDIUM`, as in the reference. (Hazard O13.)
     pub(crate) fn signal_corruption(
         &self,
         co: &Co,
@@ -108,6 +109,9 @@ impl Qcow2 {
 
     /// What was found is told once, under the target [`EVENTS`], in the reference's words.
     fn mark_corrupt(&self, co: &Co, graph: &GraphRead<'_>, what: &Error, found: Found) {
+        if !self.read_only {
+            self.stop_because_corrupt(what);
+        }
         if !self.corrupt.swap(true, Relaxed) {
             let words = self
                 .event_words(what, found)
@@ -132,9 +136,6 @@ impl Qcow2 {
                     log::error!("the image could not be marked as corrupt: {error}");
                 }
             }
-        }
-        if !self.read_only {
-            self.take_no_more_changes(&format!("the image is corrupt: {what}"));
         }
     }
 

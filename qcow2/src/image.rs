@@ -285,12 +285,38 @@ impl Qcow2 {
         }
     }
 
+    /// # Errors
+    /// The image was open for writing when it was found to be corrupt: nothing of it is shown any
+    /// more, as if its medium had been taken out. One that is only read goes on where it can.
+    #[inline(always)]
+    pub(crate) fn check_readable(&self) -> Result<()> {
+        if self.corrupt.load(Relaxed) {
+            return self.check_corrupt_readable();
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn check_corrupt_readable(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        let why = self.stopped.get().map_or("it is corrupt", String::as_str);
+        Err(Error::Stopped { why: why.into() }.into())
+    }
+
     /// From now on every change fails: what is in memory and what is in the file may contradict
     /// each other.
     pub(crate) fn take_no_more_changes(&self, why: &str) {
         if self.stopped.set(why.to_owned()).is_ok() {
             log::error!("the image takes no more changes until it is opened again: {why}");
         }
+    }
+
+    /// The same for damage that was found, which was told already.
+    pub(crate) fn stop_because_corrupt(&self, what: &Error) {
+        // Whatever stopped it first stands.
+        let _ = self.stopped.set(format!("the image is corrupt: {what}"));
     }
 
     /// Are there clusters that a flush could make free?

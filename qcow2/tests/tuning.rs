@@ -3,7 +3,7 @@
 mod support;
 
 use coblock_aio::{Clock, ContextOptions, EngineKind, Home, VirtualClock};
-use coblock_block::{ErrorKind, Graph};
+use coblock_block::{Error, ErrorKind, Graph, RequestFlags};
 use support::rig::*;
 
 /// Which values the options can have, in the reference's words.
@@ -277,7 +277,7 @@ fn damage_is_marked() {
             let only = if op == "look" { "on" } else { "off" };
             let disk = f.open_with(f.options().with("read-only", only)).unwrap();
             let result = f.home.run(|co| match op {
-                "write" => disk.pwrite(co, 0, &[1; 512][..], coblock_block::RequestFlags::empty()),
+                "write" => disk.pwrite(co, 0, &[1; 512][..], RequestFlags::empty()),
                 "discard" => disk.pdiscard(co, 0, CLUSTER),
                 _ => disk.pread(co, 0, &mut [0; 512][..]),
             });
@@ -286,5 +286,57 @@ fn damage_is_marked() {
             assert_eq!(f.disk.peek(79, 1) == [2], marked, "{story}");
             drop(disk);
         }
+    }
+}
+
+/// An image that turns out to be corrupt while it is open for writing answers no request any more,
+/// as the reference's does (`ENOMEDIUM`); one that is only read answers those that it can.
+#[test]
+fn a_corrupt_image_answers_nothing_more() {
+    for (found_by, read_only) in [("read", false), ("write", false), ("read", true)] {
+        let f = Fixture::new();
+        let disk = f.open();
+        f.write(&disk, 0, 4 * CLUSTER, 1);
+        f.close(disk);
+        let damage = (COPIED | (5 * CLUSTER + 512)).to_be_bytes();
+        f.disk.poke(FIRST_L2 + 8, &damage);
+        let only = if read_only { "on" } else { "off" };
+        let disk = f.open_with(f.options().with("read-only", only)).unwrap();
+        assert_eq!(f.read(&disk, 0, 512), [1; 512], "nobody knows yet");
+        let found = f.home.run(|co| match found_by {
+            "write" => disk.pwrite(co, CLUSTER, &[1; 512][..], RequestFlags::empty()),
+            _ => disk.pread(co, CLUSTER, &mut [0; 512][..]),
+        });
+        assert_eq!(found.unwrap_err().errno(), libc::EIO, "{found_by}");
+
+        let none = RequestFlags::empty();
+        let later: [(&str, Result<(), Error>); 7] = f.home.run(|co| {
+            [
+                ("read", disk.pread(co, 0, &mut [0; 512][..])),
+                ("status", disk.block_status(co, 0, CLUSTER).map(drop)),
+                ("write", disk.pwrite(co, 0, &[2; 512][..], none)),
+                ("zeroes", disk.pwrite_zeroes(co, 0, CLUSTER, none)),
+                ("discard", disk.pdiscard(co, 0, CLUSTER)),
+                ("truncate", disk.truncate(co, 8 << 20, true)),
+                ("flush", disk.flush(co)),
+            ]
+        });
+        for (name, result) in later {
+            let errno = result.map_or_else(|error| error.errno(), |()| 0);
+            let want = match (read_only, name) {
+                (false, _) => libc::ENOMEDIUM,
+                (true, "read" | "status" | "flush") => 0,
+                (true, "truncate") => libc::EACCES,
+                (true, _) => libc::EPERM,
+            };
+            assert_eq!(errno, want, "{name} after a {found_by}, read-only {only}");
+        }
+        assert_eq!(f.disk.peek(79, 1) == [2], !read_only);
+        let closed = f.home.run(|co| disk.close(co));
+        assert_eq!(
+            closed.is_ok(),
+            read_only,
+            "nothing was lost but what was in memory"
+        );
     }
 }

@@ -49,6 +49,17 @@ fn images() -> Option<&'static Path> {
         write("empty", b"");
         write("pattern", b"ab,.;:-_~! \x7fZz09");
         write("magic", b"QFI\xfb\0\0\0\x03");
+        let mut broken = fs::read(folder.join("base")).unwrap();
+        let word = |image: &[u8], at: usize| {
+            let word = image[at..at + 8].try_into().expect("eight bytes");
+            usize::try_from(u64::from_be_bytes(word) & !(1 << 63)).expect("in the file")
+        };
+        let table = word(&broken, word(&broken, 40));
+        // Guest clusters 1 and 2: a place that is none, and the table itself.
+        for (slot, host) in [(1, 0x5_0200), (2, table as u64)] {
+            broken[table + slot * 8..][..8].copy_from_slice(&(1 << 63 | host).to_be_bytes());
+        }
+        write("broken", &broken);
         folder
     });
     Some(folder)
@@ -483,4 +494,44 @@ fn the_name_decides() {
     assert!(stdout.starts_with("Usage: my-io "), "{stdout}");
     let called = format!("{}: invalid option -- 'z'\n", link.display());
     assert_eq!(stderr, called);
+}
+
+/// An image found to be corrupt is gone for all later commands if it was open for writing; one that
+/// is only read goes on.
+#[test]
+fn corrupt_images() {
+    let after = "-c 'read 0 512' -c 'write 0 512' -c 'write -z 0 64k' -c 'discard 0 64k' -c flush \
+                 -c map -c 'alloc 0 64k' -c 'alloc 128k' -c length -c info -c 'truncate 32M' \
+                 -c 'aio_read 0 512' -c aio_flush broken";
+    let lines: Vec<String> = ["", "-r "]
+        .into_iter()
+        .flat_map(|mode| {
+            [
+                "read 64k 512",
+                "write 64k 512",
+                "write 128k 512",
+                "read 128k 512",
+                "alloc 64k",
+                "map",
+            ]
+            .map(|first| format!("{mode}-c '{first}' {after}"))
+        })
+        .collect();
+    let Some(images) = images() else {
+        return;
+    };
+    for line in lines {
+        let pair = Pair::of(images);
+        let words = words(&line);
+        let [theirs, ours] = [Who::Reference, Who::Ours].map(|who| pair.run(who, &words, ""));
+        assert!(
+            theirs == ours,
+            "== {line}\n-- reference\n{theirs}\n-- ours\n{ours}"
+        );
+        let headers = [Who::Reference, Who::Ours].map(|who| {
+            let image = fs::read(pair.folder(who).join("broken")).unwrap();
+            image[72..80].to_vec()
+        });
+        assert_eq!(headers[0], headers[1], "{line}: marked");
+    }
 }

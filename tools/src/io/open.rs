@@ -383,7 +383,7 @@ fn open_spec(
 }
 
 /// Is it because the image was marked as corrupt that nothing more is written?
-fn is_about_corruption(error: &block::Error) -> bool {
+pub(super) fn is_about_corruption(error: &block::Error) -> bool {
     matches!(
         qcow2_error(error),
         Some(qcow2::Error::Stopped { why }) if why.starts_with("the image is corrupt")

@@ -7,7 +7,7 @@ use coblock::qcow2::info::Info as Qcow2Info;
 use super::Shell;
 use super::args::{self, SECTOR};
 use super::commands::{Call, Failure};
-use super::open::Image;
+use super::open::{Image, is_about_corruption};
 use super::report::size;
 use super::request::{Letters, failed};
 use crate::explain::{explain, explain_briefly};
@@ -56,7 +56,12 @@ pub(super) fn alloc(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failur
 
 /// `map`
 pub(super) fn map(shell: &mut Shell<'_>, _: &Call<'_>) -> Result<(), Failure> {
-    let end = shell.image().len();
+    let end = known_len(shell.image()).map_err(|error| {
+        Failure::Error(format!(
+            "Failed to query image length: {}",
+            block::errno_text(error.errno())
+        ))
+    })?;
     let mut at = 0;
     let mut next = None;
     while at < end {
@@ -66,7 +71,10 @@ pub(super) fn map(shell: &mut Shell<'_>, _: &Call<'_>) -> Result<(), Failure> {
         };
         // One line for neighbours of one kind.
         while len > 0 && at + len < end {
-            let (also, more) = status(shell.image(), at + len)?;
+            // What is wrong there is said when it is that part's turn.
+            let Ok((also, more)) = status(shell.image(), at + len) else {
+                break;
+            };
             if also != allocated || more == 0 {
                 next = Some((also, more));
                 break;
@@ -88,20 +96,38 @@ pub(super) fn map(shell: &mut Shell<'_>, _: &Call<'_>) -> Result<(), Failure> {
 }
 
 fn status(image: &Image, at: u64) -> Result<(bool, u64), Failure> {
-    let status = image.is_allocated(at, image.len() - at);
-    status.map_err(|error| failed("map", &error))
+    image.is_allocated(at, image.len() - at).map_err(|error| {
+        Failure::Error(format!(
+            "Failed to get allocation status: {}",
+            block::errno_text(error.errno())
+        ))
+    })
+}
+
+/// The length of an image that is still there: of one that turned out to be corrupt, nothing is
+/// told any more.
+fn known_len(image: &Image) -> block::Result<u64> {
+    match image.is_allocated(0, SECTOR) {
+        Err(error) if is_about_corruption(&error) => Err(error),
+        _ => Ok(image.len()),
+    }
 }
 
 /// `length`
 pub(super) fn length(shell: &mut Shell<'_>, _: &Call<'_>) -> Result<(), Failure> {
-    let len = size(shell.image().len());
-    shell.line(len);
+    let len = known_len(shell.image()).map_err(|error| {
+        Failure::Result(format!("getlength: {}", block::errno_text(error.errno())))
+    })?;
+    shell.line(size(len));
     Ok(())
 }
 
 /// `info`
 pub(super) fn info(shell: &mut Shell<'_>, _: &Call<'_>) -> Result<(), Failure> {
     let image = shell.image();
+    if known_len(image).is_err() {
+        return Err(Failure::Told);
+    }
     let driver = image.spec.driver().to_owned();
     let file = image.spec.keys.get("file.driver").map(str::to_owned);
     let qcow2 = match driver.as_str() {
@@ -188,5 +214,11 @@ pub(super) fn truncate(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Fai
         Preallocation::Off => backend.truncate(co, len, false),
         mode => backend.grow_preallocated(co, len, mode),
     });
-    result.map_err(|error| Failure::Error(explain_briefly(&error)))
+    result.map_err(|error| {
+        Failure::Error(if is_about_corruption(&error) {
+            "No medium inserted".into()
+        } else {
+            explain_briefly(&error)
+        })
+    })
 }
