@@ -3,7 +3,7 @@
 //!
 //! Each event loop ("context") that sends requests into a graph has a *slot*: an index below
 //! [`MAX_CONTEXTS`] and, on a cache line of its own, a count of readers. Taking and releasing the
-//! lock are plain stores to that line; see `graph_lock/protocol.rs` for the order. What is rare is
+//! lock are plain stores to that line, and loads of lines that requests never write; see `graph_lock/protocol.rs` for the order. What is rare is
 //! under one thread lock: which context has which slot, the counts that dead contexts left behind,
 //! the readers that wait for a writer, and who that is. The writer is in `graph_lock/writer.rs`.
 
@@ -59,8 +59,16 @@ impl ContextSlot {
 #[repr(align(128))]
 struct Slot {
     count: ReaderCount,
-    /// Address of the context, kept from reuse by the `Weak` in [`Slow::homes`]; 0 is free.
-    home: AtomicUsize,
+}
+
+/// Which context has which slot. Apart from the counts: every reader of every context looks through
+/// it, so it must not share a line with what readers write.
+#[repr(align(128))]
+struct Homes {
+    /// Slots from here on were never used.
+    used: AtomicUsize,
+    /// Addresses, kept from reuse by the `Weak` in [`Slow::homes`]; 0 is free.
+    addresses: [AtomicUsize; MAX_CONTEXTS],
 }
 
 #[derive(Default)]
@@ -80,8 +88,7 @@ struct Slow {
 /// The lock of one graph.
 pub(crate) struct GraphLock {
     flags: WriterFlags,
-    /// Slots from here on were never used.
-    used: AtomicUsize,
+    homes: Box<Homes>,
     slots: Box<[Slot; MAX_CONTEXTS]>,
     slow: ThreadLock<Slow>,
     /// Makes the writer look again. From any thread.
@@ -100,11 +107,14 @@ impl GraphLock {
     pub(crate) fn new(kick: Box<dyn Fn() + Send + Sync>) -> Self {
         let slot = |_| Slot {
             count: ReaderCount::new(),
-            home: AtomicUsize::new(0),
+        };
+        let homes = Homes {
+            used: AtomicUsize::new(0),
+            addresses: [const { AtomicUsize::new(0) }; MAX_CONTEXTS],
         };
         GraphLock {
             flags: WriterFlags::new(),
-            used: AtomicUsize::new(0),
+            homes: Box::new(homes),
             slots: Box::new(std::array::from_fn(slot)),
             slow: ThreadLock::new(Slow::default()),
             kick,
@@ -115,13 +125,14 @@ impl GraphLock {
     #[inline(always)]
     fn find(&self, home: &Arc<dyn Schedule>) -> Option<usize> {
         let address = address(home);
-        let is_ours = |slot: &Slot| slot.home.load(Ordering::Relaxed) == address;
+        let is_ours = |home: &AtomicUsize| home.load(Ordering::Relaxed) == address;
+        let homes = &*self.homes;
         // The main context is the first in most programs.
-        if is_ours(&self.slots[0]) {
+        if is_ours(&homes.addresses[0]) {
             return Some(0);
         }
-        let used = self.used.load(Ordering::Acquire);
-        self.slots[..used].iter().position(is_ours)
+        let used = homes.used.load(Ordering::Acquire);
+        homes.addresses[..used].iter().position(is_ours)
     }
 
     /// Gives `home` a slot: a new one, or that of a context that died (rule 7.4).
@@ -148,10 +159,8 @@ impl GraphLock {
         fence(Ordering::Acquire);
         slow.orphans = slow.orphans.wrapping_add(self.slots[index].count.retire());
         slow.homes[index] = Some(Arc::downgrade(home));
-        self.slots[index]
-            .home
-            .store(address(home), Ordering::Relaxed);
-        self.used.fetch_max(index + 1, Ordering::Release);
+        self.homes.addresses[index].store(address(home), Ordering::Relaxed);
+        self.homes.used.fetch_max(index + 1, Ordering::Release);
         Ok(index)
     }
 
