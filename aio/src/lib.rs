@@ -22,6 +22,7 @@
 //! * [`sim`]: several contexts in one thread, on a virtual clock
 //! * `iothread`: a thread that drives a context
 //! * `move`: taking a coroutine to another thread, unsafe, for tests
+//! * `context_lock`: the lock that contexts once had, for programs that were written around it
 //! * [`co`]: what a coroutine waits for
 //! * `transfer`: what follows a short or interrupted transfer
 //! * `wait_while`: waiting for a condition from outside of coroutines
@@ -54,6 +55,7 @@ mod bottom_half;
 mod busy_poll;
 mod clock;
 mod context;
+mod context_lock;
 mod current;
 mod engine;
 mod fd_handler;
@@ -83,6 +85,7 @@ pub use bottom_half::BottomHalf;
 pub use buf::{AlignedBuf, AtomicWords, Gather, IoVec, IoVecMut, RawSegment, Scatter, Segments};
 pub use clock::{Clock, VirtualClock};
 pub use context::{AioContext, ContextOptions, EngineKind, Park, RingDelivery};
+pub use context_lock::ContextLock;
 pub use current::{RefusePolls, current, current_id, refuse_polls};
 pub use fd_handler::FdHandler;
 pub use home::{Home, LoopStats, poll, spawn};

@@ -48,10 +48,17 @@ impl AioWait {
     /// In a coroutine: that suspends. When the caller drives neither `context` nor the main one
     /// (rule 3.8). With a panic of `condition` or of a handler.
     #[track_caller]
-    pub fn wait_while(
+    pub fn wait_while(&self, context: &Arc<AioContext>, condition: impl FnMut() -> bool) -> bool {
+        self.wait_while_around(context, condition, |poll| poll())
+    }
+
+    /// The same; each poll is inside `around`.
+    #[track_caller]
+    pub(crate) fn wait_while_around(
         &self,
         context: &Arc<AioContext>,
         mut condition: impl FnMut() -> bool,
+        around: impl Fn(&dyn Fn()),
     ) -> bool {
         let polled = self.to_poll(context);
         crate::home::refuse_in_coroutine(polled);
@@ -59,7 +66,9 @@ impl AioWait {
         let mut waited = false;
         while condition() {
             waited = true;
-            poll(true);
+            around(&|| {
+                poll(true);
+            });
         }
         waited
     }

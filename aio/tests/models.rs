@@ -6,6 +6,9 @@ use loom::thread;
 
 /// What the files below find as `super::sync`.
 mod sync {
+    pub use loom::sync::{Condvar, Mutex};
+    pub use loom::thread::{ThreadId, current};
+
     pub use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
     /// The kernel makes a light and a heavy fence together what two full ones are.
@@ -24,12 +27,16 @@ mod sync {
 mod bh_state;
 #[path = "../src/notify.rs"]
 mod notify;
+#[path = "../src/context_lock/turns.rs"]
+#[allow(dead_code)] // A model uses a part.
+mod turns;
 #[path = "../src/waiters.rs"]
 mod waiters;
 
 use bh_state::{BhState, Entry, Ticket};
 use notify::Notify;
 use sync::{AtomicBool, AtomicU64, Ordering, fence};
+use turns::Turns;
 use waiters::Waiters;
 
 /// The eventfd: raised, waited for, and lowered by whoever waited.
@@ -406,5 +413,49 @@ fn deleted_never_begins() {
         world.schedule();
         assert_eq!(world.run(), None);
         assert_eq!(world.runs.load(Ordering::Relaxed), before);
+    });
+}
+
+/// Rule 3.11: a home that polls under the context lock, and a thread that needs the lock. Whatever
+/// happens when, the poll ends and the thread gets its turn, with nobody else inside.
+#[test]
+fn a_waiter_makes_the_owner_leave_its_poll() {
+    bounded(|| {
+        let state = Arc::new((
+            Turns::new(),
+            Notify::new(),
+            Event::default(),
+            AtomicU64::new(0),
+        ));
+        let theirs = state.clone();
+        let waiter = thread::spawn(move || {
+            let (turns, notify, event, inside) = &*theirs;
+            turns.acquire(1, (), || {
+                if notify.publish() {
+                    event.raise();
+                }
+            });
+            turns.acquire(1, (), || unreachable!("it is ours"));
+            inside.fetch_add(1, Ordering::Relaxed);
+            turns.release().unwrap();
+            turns.release().unwrap();
+        });
+        let (turns, notify, event, inside) = &*state;
+        while inside.load(Ordering::Relaxed) == 0 {
+            turns.acquire(1, (), || ());
+            let before = inside.load(Ordering::Relaxed);
+            if before == 0 && notify.announce() {
+                event.wait();
+            }
+            notify.accept();
+            assert_eq!(
+                inside.load(Ordering::Relaxed),
+                before,
+                "nobody else is inside"
+            );
+            turns.release().unwrap();
+            loom::thread::yield_now();
+        }
+        waiter.join().unwrap();
     });
 }
