@@ -3,6 +3,7 @@
 //! Each call takes the graph lock itself, checks bounds as a disk does, and is counted until it
 //! returns (rule 5.7).
 
+mod place;
 mod root;
 
 pub use root::Device;
@@ -15,7 +16,7 @@ use crate::io::Status;
 use crate::node::{Node, close_unused};
 use crate::request_table::{RequestKind, RequestTable, Tracked};
 use crate::throttle::ThrottleGroup;
-use crate::types::{Permissions, Preallocation, RequestFlags, bytes};
+use crate::types::{Preallocation, RequestFlags, bytes};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use root::{Resuming, Root};
@@ -35,39 +36,6 @@ pub struct BlockBackend {
 }
 
 impl BlockBackend {
-    /// A user of `node`, give it back by [`BlockBackend::close`]. The first one of a node does what the
-    /// node was opened for; later ones read, write what is not read-only, and let others do anything.
-    ///
-    /// # Panics
-    /// When another user of the node does not let it: see [`BlockBackend::with_permissions`].
-    #[track_caller]
-    pub fn new(graph: &Arc<Graph>, node: Arc<Node>) -> BlockBackend {
-        let permissions = node.for_user();
-        BlockBackend::with_permissions(graph, node, permissions)
-            .unwrap_or_else(|error| panic!("{error}"))
-    }
-
-    /// A user of `node` that does and shares what `permissions` say.
-    ///
-    /// # Errors
-    /// `Conflict` when another user of the node, or of one below, does not let it; what a driver
-    /// says, `Locked` for one. Nothing has changed then.
-    #[track_caller]
-    pub fn with_permissions(
-        graph: &Arc<Graph>,
-        node: Arc<Node>,
-        permissions: Permissions,
-    ) -> Result<BlockBackend> {
-        let root = Root::new(graph, node.clone(), permissions);
-        let parent: Arc<dyn Parent> = root.clone();
-        node.add_user(&parent)?;
-        Ok(BlockBackend {
-            graph: graph.clone(),
-            root,
-            detached: AtomicBool::new(false),
-        })
-    }
-
     /// The node that is used now; a change of the graph may put another one there.
     pub fn node(&self) -> Arc<Node> {
         self.root.end.now()

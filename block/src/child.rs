@@ -389,9 +389,8 @@ impl Parent for Child {
         self.parent.get()?.upgrade()
     }
 
-    fn needs(&self, owner: &Node, own: Permissions) -> Permissions {
-        self.role
-            .permissions(own, owner.is_read_only(), owner.force_share)
+    fn needs(&self, owner: &Node, own: Permissions, read_only: bool) -> Permissions {
+        self.role.permissions(own, read_only, owner.force_share)
     }
 
     fn role(&self) -> Option<ChildRole> {

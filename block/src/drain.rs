@@ -45,9 +45,10 @@ pub(crate) trait Parent: Send + Sync {
     fn owner(&self) -> Option<Arc<Node>> {
         None
     }
-    /// What an edge from `owner`, which holds and shares `own`, does with the node below.
-    fn needs(&self, owner: &Node, own: Permissions) -> Permissions {
-        let _ = (owner, own);
+    /// What an edge from `owner`, which holds and shares `own` and is read-only or not, does with
+    /// the node below.
+    fn needs(&self, owner: &Node, own: Permissions, read_only: bool) -> Permissions {
+        let _ = (owner, own, read_only);
         self.end().permissions()
     }
     /// What an edge is to its parent.

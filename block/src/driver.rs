@@ -7,7 +7,7 @@ use crate::child::Child;
 use crate::drivers::filtered::Filtered;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
-use crate::graph::GraphRead;
+use crate::graph::{GraphRead, GraphWrite};
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::types::{ChildRole, FileId, Limits, Permissions, Preallocation, RequestFlags};
@@ -260,6 +260,31 @@ pub trait Driver: Send + Sync + 'static {
 
     /// It did not.
     fn permissions_abort(&self) {}
+
+    /// The node is about to become read-only, or writable: gets ready, with the node drained and
+    /// flushed, so that nothing can go wrong any more. Suspends. Either [`Driver::reopen_commit`]
+    /// follows or [`Driver::reopen_abort`].
+    ///
+    /// # Errors
+    /// `NotSupported` of a driver whose state depends on it; what keeps it from doing so. Neither
+    /// of the two follows then.
+    fn reopen_prepare(&self, co: &Co, graph: &GraphRead<'_>, read_only: bool) -> Result<()> {
+        let _ = (co, graph, read_only);
+        match self.filtered() {
+            Some(_) => Ok(()),
+            None => Err(self.not_supported("changing the option 'read-only' of an open node")),
+        }
+    }
+
+    /// It became so. Under the write lock.
+    fn reopen_commit(&self, graph: &mut GraphWrite<'_>) {
+        let _ = graph;
+    }
+
+    /// It did not. Suspends.
+    fn reopen_abort(&self, co: &Co) {
+        let _ = co;
+    }
 
     /// Makes the node `len` bytes long like [`Driver::truncate`], and takes the space for what is
     /// added at once, as `preallocation` says. Suspends.

@@ -15,7 +15,7 @@ pub(crate) use end::End;
 pub use main::GraphMain;
 pub(crate) use permissions::take as take_permissions;
 pub(crate) use transaction::in_main_home;
-pub use transaction::{Action, Transaction};
+pub use transaction::{Action, Reopen, Transaction};
 pub use write::GraphWrite;
 
 use crate::error::{Error, ErrorKind, Result};

@@ -93,7 +93,7 @@ impl Node {
 
     /// Where a write of `len` at `offset` ends, if this node may be written there.
     fn writable_end(&self, offset: u64, end: u64) -> Result<()> {
-        if self.read_only {
+        if self.is_read_only() {
             return Err(self.locate(Error::new(ErrorKind::ReadOnly, "The node is read-only")));
         }
         if end > self.len() && !self.growable {

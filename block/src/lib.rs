@@ -57,13 +57,13 @@ pub use event::Event;
 pub use gate::{Beneath, DenyAll, Dependent, Explicit, LikeReference, OpenGate};
 pub use graph::{
     Action, Graph, GraphAccess, GraphCell, GraphDump, GraphMain, GraphRead, GraphWrite, NodeDump,
-    Transaction,
+    Reopen, Transaction,
 };
 pub use graph_lock::{ContextSlot, MAX_CONTEXTS};
 pub use io::{Copied, CopySource, CopyTarget, Status};
 pub use mixed::Mixed;
 pub use node::{Node, close_unused};
-pub use open::{Opening, open};
+pub use open::{Opening, open, open_unused};
 pub use options::{Options, Value};
 pub use request_table::{InFlight, RequestKind, RequestTable, Tracked};
 pub use types::{

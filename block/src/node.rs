@@ -11,7 +11,7 @@ use crate::child::Child;
 use crate::drain::{Busy, Collected, Parent, Section};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Graph, GraphAccess, GraphRead, take_permissions};
+use crate::graph::{Graph, GraphAccess, GraphRead, Reopen, take_permissions};
 use crate::request_table::RequestTable;
 use crate::types::{ChildRole, FileId, Limits, MAX_LENGTH, Perm, Permissions};
 use coblock_coroutine::{Co, CoMutex, ThreadLock};
@@ -36,12 +36,12 @@ pub struct Node {
     whole_limits: ThreadLock<Limits>,
     /// Length in bytes: the driver's, raised by writes past it.
     pub(crate) len: AtomicU64,
-    pub(crate) read_only: bool,
+    read_only: AtomicBool,
     pub(crate) growable: bool,
     /// Discards and `MAY_UNMAP` reach the driver.
-    pub(crate) discard: bool,
+    discard: AtomicBool,
     /// Flushes of this node's own storage are skipped: its owner said that it may be lost.
-    pub(crate) no_flush: bool,
+    no_flush: AtomicBool,
     /// Something was written since the last flush began. Set after a write completed, cleared
     /// before a flush starts: so a write that completes during a flush is not taken for flushed.
     pub(crate) unflushed: AtomicBool,
@@ -114,10 +114,10 @@ impl Node {
             limits,
             whole_limits: ThreadLock::new(limits.through_all(&below)),
             len: AtomicU64::new(len),
-            read_only,
+            read_only: AtomicBool::new(read_only),
             growable: driver.is_growable(),
-            discard,
-            no_flush,
+            discard: AtomicBool::new(discard),
+            no_flush: AtomicBool::new(no_flush),
             unflushed: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             flushing: CoMutex::new(()),
@@ -212,10 +212,10 @@ impl Node {
 
     /// What a user does who does not say.
     pub(crate) fn for_user(&self) -> Permissions {
-        if self.users() == 0 {
+        if self.users() == 0 && self.permissions() != Permissions::NONE {
             return self.permissions();
         }
-        let writes = if self.read_only {
+        let writes = if self.is_read_only() {
             Perm::empty()
         } else {
             Perm::WRITE
@@ -230,8 +230,8 @@ impl Node {
     ///
     /// # Errors
     /// `ReadOnly`, in the reference's words.
-    pub(crate) fn refuse_writers(&self, held: Perm) -> Result<()> {
-        if self.read_only && held.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
+    pub(crate) fn refuse_writers(&self, read_only: bool, held: Perm) -> Result<()> {
+        if read_only && held.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
             let name = &self.name;
             let message = format!("Read-only block node '{name}' cannot support read-write users");
             return Err(Error::new(ErrorKind::ReadOnly, message));
@@ -274,8 +274,33 @@ impl Node {
     }
 
     /// Are writes refused?
+    #[inline]
     pub fn is_read_only(&self) -> bool {
-        self.read_only
+        self.read_only.load(Ordering::Relaxed)
+    }
+
+    /// Do discards reach the driver?
+    pub fn passes_discards(&self) -> bool {
+        self.discard.load(Ordering::Relaxed)
+    }
+
+    /// Are flushes of this node's own storage skipped?
+    pub fn skips_flushes(&self) -> bool {
+        self.no_flush.load(Ordering::Relaxed)
+    }
+
+    /// Changes what `to` names; with the node drained.
+    pub(crate) fn set_switches(&self, to: Reopen) {
+        let switches = [
+            (&self.read_only, to.read_only),
+            (&self.discard, to.discard),
+            (&self.no_flush, to.no_flush),
+        ];
+        for (switch, to) in switches {
+            if let Some(to) = to {
+                switch.store(to, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Length in bytes.
@@ -354,7 +379,7 @@ impl Node {
         }
         self.requests.wait_idle(co);
         // Both are done whatever happens; the first failure is told.
-        let flushed = if self.read_only {
+        let flushed = if self.is_read_only() {
             Ok(())
         } else {
             self.flush_driver(co, graph)
@@ -517,7 +542,7 @@ impl fmt::Debug for Node {
             .field("format", &self.format())
             .field("filename", &self.filename)
             .field("len", &self.len())
-            .field("read_only", &self.read_only)
+            .field("read_only", &self.is_read_only())
             .field("requests", &self.requests)
             .finish_non_exhaustive()
     }

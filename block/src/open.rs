@@ -43,11 +43,6 @@ pub fn open(
     gate: &dyn OpenGate,
     mut options: Options,
 ) -> Result<Arc<Node>> {
-    assert_eq!(
-        co.holds(Hold::GraphRead),
-        0,
-        "open() is called with a graph guard held"
-    );
     let share_rw = options.take_bool("share-rw")?.unwrap_or(true);
     let read_only = options.get_bool("read-only")?.unwrap_or(false);
     let held = if read_only {
@@ -60,13 +55,46 @@ pub fn open(
     } else {
         Perm::all() - Perm::WRITE - Perm::RESIZE
     };
+    let permissions = Permissions { held, shared };
+    open_for(co, (graph, registry, gate), options, permissions)
+}
+
+/// The same for a node that a [`Transaction`](crate::Transaction) is to put into the graph: as long as
+/// nobody uses it, a filter holds nothing of what it filters.
+///
+/// # Errors
+/// As [`open`].
+///
+/// # Panics
+/// As [`open`].
+pub fn open_unused(
+    co: &Co,
+    graph: &Arc<Graph>,
+    registry: &DriverRegistry,
+    gate: &dyn OpenGate,
+    options: Options,
+) -> Result<Arc<Node>> {
+    open_for(co, (graph, registry, gate), options, Permissions::NONE)
+}
+
+fn open_for(
+    co: &Co,
+    (graph, registry, gate): (&Arc<Graph>, &DriverRegistry, &dyn OpenGate),
+    options: Options,
+    permissions: Permissions,
+) -> Result<Arc<Node>> {
+    assert_eq!(
+        co.holds(Hold::GraphRead),
+        0,
+        "open() is called with a graph guard held"
+    );
     let env = Env {
         graph,
         registry,
         gate,
     };
     let place = Place {
-        permissions: Permissions { held, shared },
+        permissions,
         nesting: 0,
         depth: 0,
         ancestors: Vec::new(),

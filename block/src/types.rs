@@ -100,6 +100,14 @@ pub struct Permissions {
     pub shared: Perm,
 }
 
+impl Permissions {
+    /// Of who does nothing and lets others do anything.
+    pub const NONE: Permissions = Permissions {
+        held: Perm::empty(),
+        shared: Perm::all(),
+    };
+}
+
 /// What a child is to its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ChildRole {

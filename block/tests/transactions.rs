@@ -1,4 +1,4 @@
-//! The graph changes while requests go through it (rules 5.4, 7.9, 8.2).
+//! The graph changes while requests go through it (rules 5.4, 7.8, 7.9, 8.2).
 
 mod support;
 
@@ -7,73 +7,15 @@ use coblock_block::drivers::sim::{Match, SimDisk};
 use coblock_block::throttle::{ThrottleConfig, ThrottleGroup};
 use coblock_block::{
     Action, BlockBackend, Device, Drain, ErrorKind, GraphWrite, Node, Options, Perm, Permissions,
-    Result, Transaction, close_unused, open,
+    Result, Transaction, close_unused,
 };
 use coblock_coroutine::{Co, ThreadLock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
+use support::change::*;
 use support::counted::{Calls, OpenCounted};
 use support::{PLAIN, World, end, settle, sim, start};
-
-fn world() -> World {
-    let mut world = World::simulated();
-    world.registry.register("counted", Box::new(OpenCounted));
-    world
-}
-
-/// A disk named `name` with a backend.
-fn disk(world: &World, name: &str) -> (Arc<SimDisk>, Arc<BlockBackend>) {
-    let disk = SimDisk::new(64 << 10);
-    let options = sim(&disk).with("node-name", name);
-    (disk, Arc::new(world.open(options).unwrap()))
-}
-
-fn open_node(world: &World, options: Options) -> Result<Arc<Node>> {
-    let gate = coblock_block::DenyAll;
-    world.run(|co| open(co, &world.graph, &world.registry, &gate, options))
-}
-
-/// A filter on the node `file`.
-fn filter(world: &World, name: &str, file: &str) -> (Arc<Node>, Arc<Calls>) {
-    let calls = Arc::new(Calls::default());
-    let options = Options::new()
-        .with("driver", "counted")
-        .with("node-name", name)
-        .with("file", file)
-        .with_object("calls", calls.clone());
-    (open_node(world, options).unwrap(), calls)
-}
-
-fn run(world: &World, f: impl FnOnce(&mut Transaction) -> &mut Transaction) -> Result<()> {
-    let mut transaction = Transaction::new(&world.graph);
-    f(&mut transaction);
-    world.run(|co| transaction.run(co))
-}
-
-fn dump(world: &World) -> String {
-    world.home.with(|| {
-        world
-            .graph
-            .read_in_main(|main| world.graph.dump(main).to_json())
-    })
-}
-
-fn write(world: &World, backend: &BlockBackend, byte: u8) {
-    let data = [byte; 4096];
-    world
-        .run(|co| backend.pwrite(co, 4096, &data[..], PLAIN))
-        .unwrap();
-}
-
-fn read(world: &World, backend: &BlockBackend) -> u8 {
-    let mut data = [0; 4096];
-    world
-        .run(|co| backend.pread(co, 4096, &mut data[..]))
-        .unwrap();
-    assert!(data.iter().all(|byte| *byte == data[0]));
-    data[0]
-}
 
 /// Rule 8.2: a filter comes and goes; the users above do not notice, and it is closed at the end.
 #[test]
@@ -608,4 +550,89 @@ fn rule_7_8_polls_and_writers_are_refused_meanwhile() {
     // All of it has been let go.
     world.home.with(|| drop(world.graph.write()));
     world.end();
+}
+
+/// Rule 8.2: a disk is resized from the thread of its queue while that queue goes on; the device is
+/// told before the next request starts.
+#[test]
+fn rule_8_2_resize_under_load_from_an_io_thread() {
+    let world = World::with_engine(EngineKind::Threads);
+    let path = tempfile::NamedTempFile::new().unwrap();
+    path.as_file().set_len(1 << 20).unwrap();
+    let backend = Arc::new(
+        world
+            .open(Options::file(path.path().to_str().unwrap()))
+            .unwrap(),
+    );
+    let sizes = Arc::new(Sizes::default());
+    backend.set_device(Some(sizes.clone()));
+    let thread = IoThread::new(ContextOptions {
+        engine: EngineKind::Threads,
+        ..ContextOptions::named("queue")
+    })
+    .unwrap();
+    let (stop, left) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicU64::new(2)),
+    );
+    let load = {
+        let (backend, sizes) = (backend.clone(), sizes.clone());
+        let (stop, left) = (stop.clone(), left.clone());
+        move |co: &Co| {
+            while !stop.load(Ordering::Relaxed) {
+                // What the device was told is there.
+                let end = sizes.0.lock().last().copied().unwrap_or(1 << 20);
+                backend.pwrite(co, end - 512, &[1; 512][..], PLAIN).unwrap();
+                coblock_aio::co::reschedule(co);
+            }
+            left.fetch_sub(1, Ordering::Release);
+        }
+    };
+    let resizes = {
+        let backend = backend.clone();
+        let (stop, left) = (stop.clone(), left.clone());
+        move |co: &Co| {
+            for mib in 2..20_u64 {
+                backend.resize(co, mib << 20).unwrap();
+                coblock_aio::co::reschedule(co);
+            }
+            stop.store(true, Ordering::Relaxed);
+            left.fetch_sub(1, Ordering::Release);
+        }
+    };
+    thread.context().spawn("load", load).unwrap();
+    thread.context().spawn("resizes", resizes).unwrap();
+    while left.load(Ordering::Acquire) > 0 {
+        world.home.poll(false);
+        std::thread::yield_now();
+    }
+    thread.stop();
+    let want: Vec<u64> = (2..20).map(|mib| mib << 20).collect();
+    assert_eq!(*sizes.0.lock(), want);
+    assert_eq!(backend.len(), 19 << 20);
+    end(world, backend);
+}
+
+/// A device that calls the graph when it is told of a section is refused, with both places named.
+#[test]
+fn a_callback_of_a_section_does_not_call_the_graph() {
+    struct Calls(Arc<Node>);
+    impl Device for Calls {
+        fn drained_begin(&self) {
+            drop(self.0.drain_blocking());
+        }
+    }
+    let world = world();
+    let (_, backend) = disk(&world, "disk");
+    let (_, other) = disk(&world, "other");
+    backend.set_device(Some(Arc::new(Calls(other.node()))));
+    let begin = || drop(world.home.with(|| backend.drain_blocking()));
+    let message = panics(std::panic::AssertUnwindSafe(begin));
+    assert!(
+        message.contains("from a callback of the change of sections"),
+        "{message}"
+    );
+    assert_eq!(message.matches(file!()).count(), 2, "{message}");
+    // The graph is poisoned: whoever uses it next is told, and nothing of it is used again.
+    std::mem::forget((backend, other, world));
 }

@@ -19,7 +19,7 @@ use crate::driver::{
     unsupported_preallocation,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::GraphRead;
+use crate::graph::{GraphAccess, GraphCell, GraphRead, GraphWrite};
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::types::{
@@ -35,8 +35,9 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Bytes that one call of the host copies: it holds a thread of the pool meanwhile.
@@ -65,6 +66,7 @@ impl OpenDriver for OpenFile {
             read_only: opening.is_read_only(),
             direct: opening.is_direct(),
         };
+        let adopted = fd.is_some();
         let (file, filename) = match (fd, filename) {
             (Some(fd), name) => {
                 let name = name.unwrap_or_else(|| "(open file)".to_owned());
@@ -97,6 +99,7 @@ impl OpenDriver for OpenFile {
                 memory: 1,
             }
         };
+        let file = Arc::new(file);
         let medium = Medium::of(file.as_fd(), wanted.direct)
             .map_err(|error| Error::from_io("fstatfs", error).at_file(&filename))?;
         let grows = !wanted.read_only && !found.is_block_device && medium != Medium::Memory;
@@ -107,13 +110,16 @@ impl OpenDriver for OpenFile {
                 Ahead::never()
             },
             len: AtomicU64::new(found.len),
-            locks: locking.then(|| ThreadLock::new(Held::new(opening.permissions()))),
+            locks: locking.then(|| ThreadLock::new(Held::new(&file, opening.permissions()))),
             copies: AtomicBool::new(true),
             medium,
             filename,
             found,
             alignment,
-            file,
+            next: ThreadLock::new(None),
+            adopted,
+            direct: wanted.direct,
+            file: GraphCell::new(opening.graph(), file),
         }))
     }
 }
@@ -185,7 +191,12 @@ impl Wanted {
 }
 
 struct HostFile {
-    file: File,
+    file: GraphCell<Arc<File>>,
+    /// Ready to take its place, while the node becomes writable.
+    next: ThreadLock<Option<Arc<File>>>,
+    /// The caller had opened it: there is no name to open it anew.
+    adopted: bool,
+    direct: bool,
     filename: String,
     found: Found,
     alignment: Alignment,
@@ -211,7 +222,7 @@ impl HostFile {
 
     /// Writes zeros past the end, from `from` to `to`; whole blocks only, where requests must be
     /// aligned: of the blocks at both ends the file system sets the rest aside.
-    fn write_zeros(&self, co: &Co, from: u64, to: u64) -> io::Result<()> {
+    fn write_zeros(&self, co: &Co, graph: &GraphRead<'_>, from: u64, to: u64) -> io::Result<()> {
         let Alignment { request, memory } = self.alignment;
         let piece = ZEROS_AT_ONCE.max(request);
         let no_memory = || io::Error::from(io::ErrorKind::OutOfMemory);
@@ -223,13 +234,18 @@ impl HostFile {
         while at < end {
             let part = (end - at).min(piece);
             let source = IoVec::from(&zeros[..in_memory(part)]);
-            coblock_aio::co::write_to(co, self.file.as_fd(), self.medium, at, source)?;
+            coblock_aio::co::write_to(co, self.fd(graph), self.medium, at, source)?;
             at += part;
         }
         if request == 1 {
             return Ok(());
         }
-        coblock_aio::co::allocate(co, self.file.as_fd(), from, to - from, false)
+        coblock_aio::co::allocate(co, self.fd(graph), from, to - from, false)
+    }
+
+    #[inline]
+    fn fd<'g>(&'g self, graph: &'g impl GraphAccess) -> BorrowedFd<'g> {
+        self.file.get(graph).as_fd()
     }
 
     #[inline]
@@ -248,13 +264,13 @@ impl Driver for HostFile {
     fn pread(
         &self,
         co: &Co,
-        _graph: &GraphRead<'_>,
+        graph: &GraphRead<'_>,
         offset: u64,
         mut buf: IoVecMut<'_>,
         _flags: RequestFlags,
     ) -> Result<()> {
         let len = buf.len();
-        let fd = self.file.as_fd();
+        let fd = self.fd(graph);
         match coblock_aio::co::read_from(co, fd, self.medium, offset, buf.reborrow()) {
             Ok(read) => {
                 if read < len {
@@ -270,14 +286,15 @@ impl Driver for HostFile {
     fn pwrite(
         &self,
         co: &Co,
-        _graph: &GraphRead<'_>,
+        graph: &GraphRead<'_>,
         offset: u64,
         buf: IoVec<'_>,
         _flags: RequestFlags,
     ) -> Result<()> {
         let end = offset + bytes(buf.len());
-        self.ahead.before_write(co, &self.file, offset, end);
-        match coblock_aio::co::write_to(co, self.file.as_fd(), self.medium, offset, buf) {
+        self.ahead
+            .before_write(co, self.file.get(graph), offset, end);
+        match coblock_aio::co::write_to(co, self.fd(graph), self.medium, offset, buf) {
             Ok(()) => {
                 self.grew_to(end);
                 Ok(())
@@ -289,7 +306,7 @@ impl Driver for HostFile {
     fn pwrite_zeroes(
         &self,
         co: &Co,
-        _graph: &GraphRead<'_>,
+        graph: &GraphRead<'_>,
         offset: u64,
         len: u64,
         flags: RequestFlags,
@@ -299,7 +316,7 @@ impl Driver for HostFile {
             return Err(self.not_supported("zeroes that the device makes"));
         }
         let unmap = flags.contains(RequestFlags::MAY_UNMAP);
-        match coblock_aio::co::zero(co, self.file.as_fd(), offset, len, unmap) {
+        match coblock_aio::co::zero(co, self.fd(graph), offset, len, unmap) {
             Ok(()) => {
                 self.grew_to(offset + len);
                 Ok(())
@@ -308,8 +325,8 @@ impl Driver for HostFile {
         }
     }
 
-    fn pdiscard(&self, co: &Co, _graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
-        coblock_aio::co::discard(co, self.file.as_fd(), offset, len)
+    fn pdiscard(&self, co: &Co, graph: &GraphRead<'_>, offset: u64, len: u64) -> Result<()> {
+        coblock_aio::co::discard(co, self.fd(graph), offset, len)
             .map_err(|error| self.failed("discard", offset, error))
     }
 
@@ -324,14 +341,14 @@ impl Driver for HostFile {
         if self.found.is_block_device {
             return Ok(Copied::No);
         }
-        let file = self.file.as_fd();
+        let file = self.fd(graph);
         to.take(co, graph, CopySource { file, offset, len })
     }
 
     fn copy_range_to(
         &self,
         co: &Co,
-        _graph: &GraphRead<'_>,
+        graph: &GraphRead<'_>,
         offset: u64,
         source: CopySource<'_>,
     ) -> Result<u64> {
@@ -340,9 +357,10 @@ impl Driver for HostFile {
         }
         let len = in_memory(source.len.min(COPY_MAX));
         let (mut from, mut to) = (source.offset, offset);
+        let file = self.file.get(graph);
         let copied = coblock_aio::co::on_pool(co, || {
             let (from, to) = (Some(&mut from), Some(&mut to));
-            rustix::fs::copy_file_range(source.file, from, &self.file, to, len)
+            rustix::fs::copy_file_range(source.file, from, file, to, len)
         });
         match copied {
             Ok(copied) => {
@@ -359,8 +377,8 @@ impl Driver for HostFile {
         }
     }
 
-    fn flush(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
-        coblock_aio::co::sync(co, self.file.as_fd(), true)
+    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        coblock_aio::co::sync(co, self.fd(graph), true)
             .map_err(|error| Error::from_io("flush", error).at_file(&self.filename))
     }
 
@@ -368,7 +386,7 @@ impl Driver for HostFile {
     fn block_status<'g>(
         &'g self,
         co: &Co,
-        _graph: &'g GraphRead<'_>,
+        graph: &'g GraphRead<'_>,
         offset: u64,
         len: u64,
         precision: Precision,
@@ -376,7 +394,8 @@ impl Driver for HostFile {
         let (is_hole, len) = match precision {
             Precision::Allocation => (false, len),
             Precision::Zeroes => {
-                coblock_aio::co::on_pool(co, || extents::look(&self.file, offset, len))
+                let file = self.file.get(graph);
+                coblock_aio::co::on_pool(co, || extents::look(file, offset, len))
             }
         };
         let status = if is_hole {
@@ -387,16 +406,18 @@ impl Driver for HostFile {
         Ok(status.placed(Place::Here(offset)))
     }
 
-    fn allocated_bytes(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<u64> {
-        coblock_aio::co::on_pool(co, || self.file.metadata())
+    fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
+        let file = self.file.get(graph);
+        coblock_aio::co::on_pool(co, || file.metadata())
             .map(|metadata| metadata.blocks() * 512)
             .map_err(|error| Error::from_io("stat", error).at_file(&self.filename))
     }
 
-    fn truncate(&self, co: &Co, _graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
+    fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
+        let file = self.file.get(graph);
         let refuse = |message: &str| Err(Error::new(ErrorKind::NotSupported, message));
         if self.found.is_block_device {
-            let now = probe::length(&self.file, true)?;
+            let now = probe::length(file, true)?;
             self.len.store(now, Ordering::Release);
             return match len {
                 _ if len > now => refuse("Cannot grow device files"),
@@ -404,7 +425,7 @@ impl Driver for HostFile {
                 _ => Ok(()),
             };
         }
-        coblock_aio::co::on_pool(co, || self.file.set_len(len))
+        coblock_aio::co::on_pool(co, || file.set_len(len))
             .map_err(|error| self.failed("Could not resize file", len, error))?;
         self.ahead.was_resized(co, len);
         self.len.store(len, Ordering::Release);
@@ -414,7 +435,7 @@ impl Driver for HostFile {
     fn grow_preallocated(
         &self,
         co: &Co,
-        _graph: &GraphRead<'_>,
+        graph: &GraphRead<'_>,
         len: u64,
         preallocation: Preallocation,
     ) -> Result<()> {
@@ -432,13 +453,14 @@ impl Driver for HostFile {
             Preallocation::Off => Ok(()),
             Preallocation::Metadata => return Err(unsupported_preallocation(preallocation)),
             Preallocation::Falloc => {
-                coblock_aio::co::allocate(co, self.file.as_fd(), now, len - now, false)
+                coblock_aio::co::allocate(co, self.fd(graph), now, len - now, false)
             }
-            Preallocation::Full => self.write_zeros(co, now, len),
+            Preallocation::Full => self.write_zeros(co, graph, now, len),
         };
+        let file = self.file.get(graph);
         let resized = coblock_aio::co::on_pool(co, || {
             let end = if taken.is_ok() { len } else { now };
-            self.file.set_len(end)
+            file.set_len(end)
         });
         self.ahead
             .was_resized(co, if taken.is_ok() { len } else { now });
@@ -486,30 +508,73 @@ impl Driver for HostFile {
     }
 
     fn permissions_prepare(&self, all: Permissions) -> Result<()> {
-        self.locks.as_ref().map_or(Ok(()), |held| {
-            held.lock().prepare(self.file.as_fd(), all, &self.filename)
-        })
+        let Some(held) = &self.locks else {
+            return Ok(());
+        };
+        held.lock().prepare(all, &self.filename)
     }
 
     fn permissions_commit(&self) {
         if let Some(held) = &self.locks {
-            held.lock().commit(self.file.as_fd());
+            held.lock().commit();
         }
     }
 
     fn permissions_abort(&self) {
         if let Some(held) = &self.locks {
-            held.lock().abort(self.file.as_fd());
+            held.lock().abort();
         }
+    }
+
+    /// A file that can be written stays open as it is when its node becomes read-only.
+    fn reopen_prepare(&self, _co: &Co, graph: &GraphRead<'_>, read_only: bool) -> Result<()> {
+        let context = |error: Error| error.at_file(&self.filename);
+        let flags = rustix::fs::fcntl_getfl(self.fd(graph))
+            .map_err(|errno| context(Error::from_io("fcntl", errno.into())))?;
+        if read_only || flags & OFlags::RWMODE == OFlags::RDWR {
+            return Ok(());
+        }
+        if self.adopted {
+            let message = "A file that was passed in open for reading cannot become writable";
+            return Err(context(Error::new(ErrorKind::NotSupported, message)));
+        }
+        let wanted = Wanted {
+            read_only,
+            direct: self.direct,
+        };
+        let file = wanted.open(&self.filename)?;
+        if probe::look(&file)?.is_none_or(|found| found.id != self.found.id) {
+            let message = "Another file has this name now";
+            return Err(context(Error::new(ErrorKind::NotFound, message)));
+        }
+        if let Some(held) = &self.locks {
+            held.lock().take_too(&file).map_err(context)?;
+        }
+        *self.next.lock() = Some(Arc::new(file));
+        Ok(())
+    }
+
+    fn reopen_commit(&self, graph: &mut GraphWrite<'_>) {
+        let Some(file) = self.next.lock().take() else {
+            return;
+        };
+        if let Some(held) = &self.locks {
+            held.lock().move_to(&file);
+        }
+        drop(self.file.replace(graph, file));
+    }
+
+    fn reopen_abort(&self, _co: &Co) {
+        drop(self.next.lock().take());
     }
 
     /// Cuts off what was set aside, and gives the locks back now, not when the last duplicate of
     /// the descriptor goes.
-    fn close(&self, co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
+    fn close(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
         let len = self.len();
-        let cut = self.ahead.cut(co, &self.file, len);
+        let cut = self.ahead.cut(co, self.file.get(graph), len);
         if self.locks.is_some() {
-            locks::release(self.file.as_fd());
+            locks::release(self.fd(graph));
         }
         cut.map_err(|error| self.failed("resize", len, error))
     }

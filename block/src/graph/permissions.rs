@@ -19,12 +19,6 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// What a node without users would hold and share.
-const NOBODY: Permissions = Permissions {
-    held: Perm::empty(),
-    shared: Perm::all(),
-};
-
 fn key<T: ?Sized>(of: &Arc<T>) -> usize {
     Arc::as_ptr(of).cast::<()>().addr()
 }
@@ -36,6 +30,8 @@ pub(crate) struct Future {
     moves: BTreeMap<usize, (Arc<dyn Parent>, Arc<Node>)>,
     /// By node: who comes to it.
     coming: BTreeMap<usize, Vec<Arc<dyn Parent>>>,
+    /// By node that becomes read-only, or writable.
+    read_only: BTreeMap<usize, (Arc<Node>, bool)>,
     /// Nodes that lose their last user.
     removed: BTreeSet<usize>,
     /// Where users came from.
@@ -61,6 +57,16 @@ impl Future {
             .or_default()
             .push(user.clone());
         self.moves.insert(user_key, (user, node));
+    }
+
+    /// With `node` read-only or not.
+    pub(crate) fn reopen(&mut self, node: &Arc<Node>, read_only: bool) {
+        self.read_only.insert(key(node), (node.clone(), read_only));
+    }
+
+    fn is_read_only(&self, node: &Arc<Node>) -> bool {
+        let changed = self.read_only.get(&key(node));
+        changed.map_or_else(|| node.is_read_only(), |(_, read_only)| *read_only)
     }
 
     pub(crate) fn moves(&self) -> impl Iterator<Item = &(Arc<dyn Parent>, Arc<Node>)> {
@@ -170,10 +176,10 @@ impl Future {
     /// # Errors
     /// `Chain` for a cycle, `Conflict` when two users do not go together, `ReadOnly`, else what a
     /// driver said. Everything is as before then.
-    pub(crate) fn prepare(&self, also: &[Arc<Node>]) -> Result<Prepared> {
+    pub(crate) fn prepare(&self) -> Result<Prepared> {
         let mut starts: Vec<_> = self.moves().map(|(_, node)| node.clone()).collect();
         starts.extend(self.left.iter().cloned());
-        starts.extend(also.iter().cloned());
+        starts.extend(self.read_only.values().map(|(node, _)| node.clone()));
         // What hangs below the removed ones is used by fewer.
         let mut at = 0;
         while let Some(node) = starts.get(at).cloned() {
@@ -193,7 +199,7 @@ impl Future {
                         .owner(&user)
                         .and_then(|owner| cumulated.get(&key(&owner)).map(|own| (owner, *own)));
                     let wants = match above {
-                        Some((owner, own)) => user.needs(&owner, own),
+                        Some((owner, own)) => user.needs(&owner, own, self.is_read_only(&owner)),
                         None => user.end().permissions(),
                     };
                     (user, wants)
@@ -203,13 +209,15 @@ impl Future {
             let all = if users.is_empty() {
                 node.permissions()
             } else {
-                users.iter().fold(NOBODY, |all, (_, one)| Permissions {
-                    held: all.held | one.held,
-                    shared: all.shared & one.shared,
-                })
+                users
+                    .iter()
+                    .fold(Permissions::NONE, |all, (_, one)| Permissions {
+                        held: all.held | one.held,
+                        shared: all.shared & one.shared,
+                    })
             };
-            if !self.moves.is_empty() || !also.is_empty() {
-                node.refuse_writers(all.held)?;
+            if !self.moves.is_empty() || !self.read_only.is_empty() {
+                node.refuse_writers(self.is_read_only(&node), all.held)?;
             }
             cumulated.insert(key(&node), all);
             prepared.users.extend(users);
@@ -294,7 +302,7 @@ pub(crate) fn take(node: &Arc<Node>, section: &mut Section<'_>) -> Result<()> {
         left: vec![node.clone()],
         ..Future::default()
     };
-    let taken = future.prepare(&[]).map(Prepared::commit);
+    let taken = future.prepare().map(Prepared::commit);
     future.keep(section);
     taken
 }

@@ -12,16 +12,21 @@
 //! parent stays quiesced and no request of it is under way (rule 5.4). Permissions are computed on the
 //! graph as it will be, so the order of steps inside a transaction does not matter.
 
-use super::permissions::Future;
+mod commit;
+mod reopen;
+
+pub use reopen::Reopen;
+
 use super::{Graph, GraphWrite};
 use crate::backend::BlockBackend;
 use crate::child::Child;
-use crate::drain::{Drain, Drained, Parent, Quiesced, Section};
+use crate::drain::{Drain, Drained, Parent, Quiesced};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::{Node, close_unused};
 use crate::types::ChildRole;
 use coblock_coroutine::{Co, Hold, ThreadLock};
-use std::collections::BTreeSet;
+use commit::commit;
+use reopen::Reopening;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,6 +66,8 @@ enum Step {
         user: Arc<dyn Parent>,
         to: Arc<Node>,
     },
+    /// Other options.
+    Reopen { node: Arc<Node>, to: Reopen },
 }
 
 /// Changes of one graph that happen together or not at all (rule 8.2).
@@ -163,6 +170,18 @@ impl Transaction {
             user,
             to: to.clone(),
         });
+        self
+    }
+
+    /// `node` gets other options while it stays open.
+    pub fn reopen(&mut self, node: &Arc<Node>, to: Reopen) -> &mut Self {
+        self.touch(node);
+        self.steps.push(Step::Reopen {
+            node: node.clone(),
+            to,
+        });
+        let (graph, node) = (self.graph.clone(), node.clone());
+        self.actions.push(Box::new(Reopening::new(graph, node, to)));
         self
     }
 
@@ -295,6 +314,7 @@ impl Transaction {
             let from = match step {
                 Step::Users { from, .. } => from.clone(),
                 Step::User { user, .. } => user.end().now(),
+                Step::Reopen { node, .. } => node.clone(),
             };
             from.flush(co, &self.graph.read(co))?;
         }
@@ -376,134 +396,5 @@ pub(crate) fn in_main_home<R: Send + 'static>(
             Some(result) => return result,
             None => co.suspend(),
         }
-    }
-}
-
-/// With the graph locked: everything, or an error and nothing.
-fn commit(
-    write: &mut GraphWrite<'_>,
-    steps: &[Step],
-    actions: &mut [Box<dyn Action>],
-) -> Result<Vec<Arc<Node>>> {
-    let graph = write.graph().clone();
-    let unused = graph.section(|section| {
-        let mut future = Future::default();
-        for step in steps {
-            match step {
-                Step::Users { from, to } => {
-                    for user in from.users_now() {
-                        section.parents.push(user.clone());
-                        if !stands_at_or_below(&*user, to, section) {
-                            future.lead(user, to.clone());
-                        }
-                    }
-                }
-                Step::User { user, to } => future.lead(user.clone(), to.clone()),
-            }
-        }
-        future.settle();
-        let result = move_all(write, &future, section);
-        future.keep(section);
-        result
-    })?;
-    for action in actions {
-        action.commit(write);
-    }
-    Ok(unused)
-}
-
-fn move_all(
-    write: &mut GraphWrite<'_>,
-    future: &Future,
-    section: &mut Section<'_>,
-) -> Result<Vec<Arc<Node>>> {
-    for (user, to) in future.moves() {
-        refuse_unfit(&**user, to)?;
-    }
-    let permissions = future.prepare(&[])?;
-    // From here on nothing fails.
-    permissions.commit();
-    for (user, to) in future.moves() {
-        let from = move_user(write, section, user, to);
-        section.nodes.push(from);
-    }
-    for (user, _) in future.moves() {
-        if let Some(owner) = user.owner() {
-            refresh_limits(owner, section);
-        }
-    }
-    Ok(future.removed())
-}
-
-/// Rule 5.4: the user stays quiesced while it moves; at an undrained node it is let go afterwards.
-fn move_user(
-    write: &mut GraphWrite<'_>,
-    section: &mut Section<'_>,
-    user: &Arc<dyn Parent>,
-    to: &Arc<Node>,
-) -> Arc<Node> {
-    assert!(
-        user.is_quiesced(),
-        "rule 5.4: {} gets node '{}' as '{}' and is not quiesced",
-        user.who(),
-        to.name(),
-        user.edge_name()
-    );
-    let from = user.end().replace(write, to.clone());
-    from.leave(&**user);
-    to.enter(user);
-    if !to.is_drained() {
-        user.drained_end(section);
-    }
-    user.node_changed(from.len(), to.len(), section);
-    from
-}
-
-/// Does the user belong to `top`, or to a node that `top` stands on?
-fn stands_at_or_below(user: &dyn Parent, top: &Arc<Node>, section: &mut Section<'_>) -> bool {
-    let Some(owner) = user.owner() else {
-        return false;
-    };
-    section.nodes.push(owner.clone());
-    let mut seen = BTreeSet::new();
-    let mut look = vec![top.clone()];
-    while let Some(node) = look.pop() {
-        section.nodes.push(node.clone());
-        if Arc::ptr_eq(&node, &owner) {
-            return true;
-        }
-        if seen.insert(Arc::as_ptr(&node).addr()) {
-            look.extend(node.edges().iter().map(|edge| edge.below()));
-        }
-    }
-    false
-}
-
-fn refuse_unfit(user: &dyn Parent, to: &Arc<Node>) -> Result<()> {
-    if to.requests().is_closed() {
-        return Err(to.closed());
-    }
-    let (now, then) = (user.end().now().len(), to.len());
-    if user.role() == Some(ChildRole::Filtered) && now != then {
-        let message = format!(
-            "{} filters {now} bytes and cannot get node '{}' of {then} bytes",
-            user.who(),
-            to.name()
-        );
-        return Err(Error::new(ErrorKind::Invalid, message));
-    }
-    Ok(())
-}
-
-/// What requests of `node` may be so that nobody takes them apart, and of all nodes above.
-fn refresh_limits(node: Arc<Node>, section: &mut Section<'_>) {
-    let mut look = vec![node];
-    while let Some(node) = look.pop() {
-        if node.refresh_whole_limits() {
-            for user in node.parents(section) {
-                look.extend(user.owner());
-            }
-        }
-        section.nodes.push(node);
     }
 }

@@ -27,7 +27,7 @@ impl Node {
     fn flush_inner(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
         let request = self.requests.begin(graph.slot(), 0, 0, RequestKind::Other);
         self.admit(co, &request, RequestFlags::empty(), (0, 0))?;
-        if self.read_only {
+        if self.is_read_only() {
             return Ok(());
         }
         self.flush_driver(co, graph)
@@ -48,7 +48,7 @@ impl Node {
             // account.
             return children.iter().try_for_each(|child| child.flush(co, graph));
         }
-        if self.no_flush && children.is_empty() {
+        if self.skips_flushes() && children.is_empty() {
             return Ok(());
         }
         self.driver.flush(co, graph).map_err(|error| {

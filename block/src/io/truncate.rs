@@ -73,7 +73,7 @@ impl Node {
                 format!("A length of {len} bytes is above the limit of {MAX_LENGTH}"),
             )));
         }
-        if self.read_only {
+        if self.is_read_only() {
             let error = Error::new(ErrorKind::ReadOnly, "Image is read-only");
             return Err(self.locate(error.errno_is(libc::EACCES)));
         }

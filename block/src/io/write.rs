@@ -30,7 +30,7 @@ impl Node {
             && (self.limits.mem_alignment == 1 || buf.is_aligned(self.limits.mem_alignment))
             && flags.is_empty()
             && !traced()
-            && !self.read_only
+            && !self.is_read_only()
         {
             let result = self.driver.pwrite(co, graph, offset, buf, flags);
             self.mark_unflushed();

@@ -52,7 +52,7 @@ impl Node {
         };
         let middle_end = whole_end.max(middle);
         // The middle first: it may tell that there is no other way than to write it all.
-        let driver_flags = if self.discard {
+        let driver_flags = if self.passes_discards() {
             flags
         } else {
             flags - RequestFlags::MAY_UNMAP
@@ -167,7 +167,7 @@ impl Node {
             return Err(self.out_of_bounds(offset, len));
         }
         self.admit(co, &request, RequestFlags::empty(), (offset, len))?;
-        if !self.discard {
+        if !self.passes_discards() {
             return Ok(());
         }
         let align = self

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub mod change;
 pub mod counted;
 
 use coblock_aio::{AioContext, Clock, ContextOptions, EngineKind, Home, Park, VirtualClock};

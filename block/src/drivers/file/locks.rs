@@ -16,7 +16,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::types::{Perm, Permissions};
 use coblock_aio::sys::file::{LockKind, lock_is_free, lock_range};
 use coblock_coroutine::mutant;
-use std::os::fd::BorrowedFd;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 const HELD_BASE: u64 = 100;
 const UNSHARED_BASE: u64 = 200;
@@ -43,26 +45,45 @@ pub(super) fn acquire(fd: BorrowedFd<'_>, wanted: Permissions, filename: &str) -
 /// The lock bytes of one open file, while permissions change.
 #[derive(Debug)]
 pub(super) struct Held {
+    file: Arc<File>,
     now: Permissions,
     /// Taken too, not yet for good.
     next: Option<Permissions>,
 }
 
 impl Held {
-    pub(super) fn new(now: Permissions) -> Self {
-        Held { now, next: None }
+    pub(super) fn new(file: &Arc<File>, now: Permissions) -> Self {
+        Held {
+            file: file.clone(),
+            now,
+            next: None,
+        }
+    }
+
+    /// Another open file that is to take the place of this one has the same locks meanwhile.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn take_too(&self, file: &File) -> Result<()> {
+        take(file.as_fd(), self.now)
+    }
+
+    /// `file` has taken the place.
+    pub(super) fn move_to(&mut self, file: &Arc<File>) {
+        // Permissions may have changed since it took those of before.
+        if let Err(error) = take(file.as_fd(), self.now) {
+            log::warn!("a file that was opened anew is not locked: {error}");
+        }
+        self.file = file.clone();
+        release_all_but(self.file.as_fd(), self.now);
     }
 
     /// Takes what `next` needs more, and looks who else is there.
     ///
     /// # Errors
     /// As [`acquire`]; the locks are as before.
-    pub(super) fn prepare(
-        &mut self,
-        fd: BorrowedFd<'_>,
-        next: Permissions,
-        filename: &str,
-    ) -> Result<()> {
+    pub(super) fn prepare(&mut self, next: Permissions, filename: &str) -> Result<()> {
+        let fd = self.file.as_fd();
         let more = Permissions {
             held: next.held - self.now.held,
             shared: next.shared | !self.now.shared,
@@ -77,14 +98,14 @@ impl Held {
         Ok(())
     }
 
-    pub(super) fn commit(&mut self, fd: BorrowedFd<'_>) {
+    pub(super) fn commit(&mut self) {
         self.now = self.next.take().unwrap_or(self.now);
-        release_all_but(fd, self.now);
+        release_all_but(self.file.as_fd(), self.now);
     }
 
-    pub(super) fn abort(&mut self, fd: BorrowedFd<'_>) {
+    pub(super) fn abort(&mut self) {
         self.next = None;
-        release_all_but(fd, self.now);
+        release_all_but(self.file.as_fd(), self.now);
     }
 }
 
@@ -131,13 +152,7 @@ fn conflicts(fd: BorrowedFd<'_>, wanted: Permissions) -> Result<()> {
 
 /// Gives all lock bytes back.
 pub(super) fn release(fd: BorrowedFd<'_>) {
-    release_all_but(
-        fd,
-        Permissions {
-            held: Perm::empty(),
-            shared: Perm::all(),
-        },
-    );
+    release_all_but(fd, Permissions::NONE);
 }
 
 fn release_all_but(fd: BorrowedFd<'_>, keep: Permissions) {
