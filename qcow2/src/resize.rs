@@ -60,14 +60,19 @@ impl Qcow2 {
                 let mut meta = self.meta.lock(co);
                 self.grow_l1(co, graph, &mut meta, geometry.l1_entries())?;
             }
+            let mut hidden = true;
             if preallocation == Preallocation::Off {
-                self.hide_what_was(co, graph, old, len)?;
+                hidden = self.hide_what_was(co, graph, old, len)?;
             } else if let Err(error) = self.preallocate(co, graph, (old, len), preallocation) {
                 // What was mapped is past the end of the disk.
                 if let Err(also) = self.shrink(co, graph, old) {
                     log::warn!("clusters past the end of the disk stay: {also}");
                 }
                 return Err(error.context("Could not allocate clusters"));
+            }
+            if hidden {
+                // The new length must not come first: a power cut would show what is hidden.
+                self.save(co, graph, Counts::MayLag)?;
             }
         }
         self.switch_header(co, graph, spec::HEADER_AT_SIZE, &len.to_be_bytes())?;
@@ -76,12 +81,14 @@ impl Qcow2 {
     }
 
     /// Makes sure that the disk has zeros from `old` to `new`, whatever a backing file or the rest
-    /// of its last cluster holds there. Nobody else writes meanwhile: a resize is alone.
-    fn hide_what_was(&self, co: &Co, graph: &GraphRead<'_>, old: u64, new: u64) -> Result<()> {
+    /// of its last cluster holds there; tells if anything had to be done. Nobody else writes
+    /// meanwhile: a resize is alone.
+    fn hide_what_was(&self, co: &Co, graph: &GraphRead<'_>, old: u64, new: u64) -> Result<bool> {
         let size = self.geometry.cluster_size();
         let whole = old.next_multiple_of(size);
         let behind = self.backing.get().map_or(0, |backing| backing.len(graph));
-        if old < whole.min(new) && self.shows(co, graph, GuestOffset(old), behind)? {
+        let rest = old < whole.min(new) && self.shows(co, graph, GuestOffset(old), behind)?;
+        if rest {
             self.write_zero_bytes(co, graph, old, whole.min(new))?;
         }
         let end = new.min(behind);
@@ -90,7 +97,7 @@ impl Qcow2 {
             self.empty_clusters(co, graph, GuestOffset(whole), len, Empty::Zero)
                 .map_err(|error| error.context("Failed to zero out new clusters"))?;
         }
-        Ok(())
+        Ok(rest || whole < end)
     }
 
     /// Might anything but zeros be read at `at`, over a backing file of `behind` bytes?

@@ -56,6 +56,7 @@ fn image_with_snapshot() {
     let sample = Sample {
         reference: 151,
         goes_on: 53,
+        repaired: 3,
         per_place: 0,
     };
     let counted = cut_everywhere(&judge, &played, sample);

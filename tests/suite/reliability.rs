@@ -2,13 +2,14 @@
 //! oracles are in the package `tests/reliability`.
 
 use crate::support::part::{Figure, Part, Plan, Report, Scale};
-use crate::support::{exhaustive, faults, power_cuts, seeds};
+use crate::support::{exhaustive, faults, power_cuts, seeds, threads};
 
 /// Runs a tenth of a part; it must have done at least so much.
 fn tenth(part: Part, figure: Figure, least: u64) {
     let plan = Plan {
         scale: Scale::Tenth,
         jobs: 1,
+        quick: true,
     };
     let mut report = Report::default();
     (part.run)(&plan, &mut report);
@@ -40,4 +41,10 @@ fn every_failure_is_told() {
 #[test]
 fn seeds_obey_the_model() {
     tenth(seeds::PART, Figure::Seeds, 200);
+}
+
+/// Rules 3.8 to 3.10, 5.1, 9.1 to 9.4: four real threads send requests to one image.
+#[test]
+fn threads_share_an_image() {
+    tenth(threads::PART, Figure::Requests, 10_000);
 }

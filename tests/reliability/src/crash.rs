@@ -23,6 +23,7 @@ use super::model::Content;
 use super::peer;
 use super::play::Played;
 use super::rng::Rng;
+use super::soundness;
 
 /// Random choices for each place.
 const CHOICES: u64 = 16;
@@ -37,6 +38,8 @@ pub struct Sample {
     pub reference: u64,
     /// About one in so many states is written to from end to end.
     pub goes_on: u64,
+    /// About one in so many states is repaired: no leak is left, and nothing reads otherwise.
+    pub repaired: u64,
     /// Most states at one place, drawn from all; 0: all of them.
     pub per_place: usize,
 }
@@ -53,6 +56,8 @@ pub struct Counted {
     pub states: u64,
     /// States that the reference checked too.
     pub reference: u64,
+    /// States that were repaired.
+    pub repaired: u64,
     /// Compressed clusters that were inflated while the workload ran.
     pub inflated: u64,
 }
@@ -64,6 +69,7 @@ impl Counted {
         self.choices += more.choices;
         self.states += more.states;
         self.reference += more.reference;
+        self.repaired += more.repaired;
         self.inflated += more.inflated;
     }
 }
@@ -147,6 +153,9 @@ pub fn cut_at(
                 // The same bytes, but more may have been flushed or begun.
                 let judged = played.history.units_after_power_cut(at, units);
                 judged.map_err(|v| story(v.to_string()))?;
+                let len = soundness::disk_len(&left);
+                let judged = played.history.len_after_power_cut(at, len);
+                judged.map_err(story)?;
                 continue;
             }
             counted.states += 1;
@@ -159,6 +168,10 @@ pub fn cut_at(
                     .reference_agrees(&played.stage, &left, folder.path())
                     .map_err(story)?;
                 counted.reference += 1;
+            }
+            if digest.is_multiple_of(sample.repaired) {
+                judge.is_repaired(&played.stage, &left).map_err(story)?;
+                counted.repaired += 1;
             }
             if digest.is_multiple_of(sample.goes_on) {
                 judge.goes_on(&played.stage, &left).map_err(story)?;

@@ -5,6 +5,8 @@
 //! 4 KiB, and on one of 4 KiB whose other clusters are compressed. What comes before a word is
 //! durable.
 
+use coblock::block::RequestFlags;
+
 use super::crash::{Counted, Sample, cut_everywhere};
 use super::judge::{Judge, Verdict};
 use super::parallel::each;
@@ -24,6 +26,7 @@ pub const PART: Part = Part {
 const SAMPLE: Sample = Sample {
     reference: 251,
     goes_on: 31,
+    repaired: 7,
     per_place: 0,
 };
 
@@ -33,29 +36,20 @@ fn alphabet(c: u64) -> Vec<Op> {
     let len = usize::try_from(c).expect("a cluster");
     vec![
         // In place, and a part of a cluster.
-        Op::Write { offset: c, len },
-        Op::Write {
-            offset: 512,
-            len: 512,
-        },
+        Op::write(c, len),
+        Op::write(512, 512),
         // New: over the edge of two clusters, and a part of one.
-        Op::Write {
-            offset: 2 * c + c / 2,
-            len,
-        },
-        Op::Write {
-            offset: 4 * c + 1024,
-            len: 512,
-        },
+        Op::write(2 * c + c / 2, len),
+        Op::write(4 * c + 1024, 512),
         Op::Zero {
             offset: c,
             len,
-            unmap: false,
+            flags: RequestFlags::empty(),
         },
         Op::Zero {
             offset: 0,
             len: 2 * len,
-            unmap: true,
+            flags: RequestFlags::MAY_UNMAP,
         },
         Op::Discard {
             offset: c,
@@ -63,6 +57,8 @@ fn alphabet(c: u64) -> Vec<Op> {
         },
         Op::Copy { offset: 3 * c, len },
         Op::Grow { len: 9 * c },
+        // In the middle of a written cluster.
+        Op::Shrink { len: c + c / 2 },
         Op::Flush,
         Op::Reopen,
     ]
@@ -71,7 +67,7 @@ fn alphabet(c: u64) -> Vec<Op> {
 /// What comes before each word.
 fn before(c: u64) -> [Op; 3] {
     let len = usize::try_from(2 * c).expect("two clusters");
-    [Op::Write { offset: 0, len }, Op::Flush, Op::Mark]
+    [Op::write(0, len), Op::Flush, Op::Mark]
 }
 
 /// Every word of `letters` with one to `longest` of them.

@@ -82,6 +82,8 @@ impl Judge {
             return Err(format!("{leaks} leaks"));
         }
         let bytes = self.contents(&played.stage, &played.stage.disk)?;
+        let len = soundness::disk_len(&played.stage.disk);
+        played.history.len_now(len)?;
         let token = played.history.begin_read();
         let judged = played.history.end_read(&token, 0, &bytes);
         judged.map_err(|v| format!("reopened: {v}"))
@@ -101,6 +103,7 @@ impl Judge {
         if !dirty {
             self.sound(left)?;
         }
+        history.len_after_power_cut(at, soundness::disk_len(left))?;
         let bytes = self.contents(stage, left)?;
         let units = history.contents(&bytes);
         history
@@ -120,11 +123,29 @@ impl Judge {
         Ok(units)
     }
 
+    /// Refcounts that are made anew leave no leak, and every byte of the disk as it was.
+    pub fn is_repaired(&self, stage: &Stage, left: &Arc<SimDisk>) -> Verdict {
+        let repaired = SimDisk::with_contents(&left.contents());
+        soundness::repair(&self.session, &repaired)?;
+        match self.sound(&repaired)? {
+            0 => {}
+            leaks => return Err(format!("repaired, it has {leaks} leaks")),
+        }
+        match self.contents(stage, &repaired)? == self.contents(stage, left)? {
+            true => Ok(()),
+            false => Err("repaired, it reads otherwise".to_string()),
+        }
+    }
+
     /// The image can be written to as if nothing had happened, from end to end, and is sound then.
     pub fn goes_on(&self, stage: &Stage, left: &Arc<SimDisk>) -> Verdict {
         let setting = &stage.setting;
         let mut history = History::new(setting.size, setting.unit, setting.seed + 1);
         self.with(stage, sim::image(left), |co, backend| {
+            if backend.len() < setting.size {
+                let grown = backend.truncate(co, setting.size, true);
+                grown.map_err(|e| format!("grow: {e}"))?;
+            }
             let step = usize::try_from(setting.size.min(1 << 16)).expect("small");
             let mut buf = vec![0; step];
             for offset in (0..setting.size).step_by(step) {
@@ -148,21 +169,35 @@ impl Judge {
     }
 
     /// The reference's check agrees: no corruption. A dirty image is repaired by it, and is sound
-    /// then. `folder` is for files.
-    pub fn reference_agrees(&self, stage: &Stage, left: &SimDisk, folder: &Path) -> Verdict {
+    /// then; one with leaks too, and reads the same. `folder` is for files.
+    pub fn reference_agrees(&self, stage: &Stage, left: &Arc<SimDisk>, folder: &Path) -> Verdict {
         let path = folder.join("left.qcow2");
         let write = |path: &Path, disk: &SimDisk| {
             std::fs::write(path, disk.contents()).map_err(|e| format!("{}: {e}", path.display()))
         };
         write(&path, left)?;
         write(&folder.join(BACKING), &stage.base)?;
+        let name = path.to_str().expect("text");
         if is_dirty(left) {
-            peer::qemu_img(&["check", "-q", "-r", "all", path.to_str().expect("text")]);
+            peer::qemu_img(&["check", "-q", "-r", "all", name]);
         }
-        match peer::check(&path).corruptions {
-            0 => Ok(()),
-            many => Err(format!("qemu-img check: {many} corruptions")),
+        let found = peer::check(&path);
+        if found.corruptions > 0 {
+            return Err(format!("qemu-img check: {} corruptions", found.corruptions));
         }
+        if found.leaks == 0 {
+            return Ok(());
+        }
+        peer::qemu_img(&["check", "-q", "-r", "leaks", name]);
+        let found = peer::check(&path);
+        let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let repaired = SimDisk::with_contents(&bytes);
+        if found != peer::Check::default()
+            || self.contents(stage, &repaired)? != self.contents(stage, left)?
+        {
+            return Err(format!("its leaks repaired by qemu-img: {found:?}"));
+        }
+        Ok(())
     }
 }
 
@@ -183,7 +218,8 @@ fn read(co: &Co, backend: &BlockBackend, size: u64) -> Verdict<Vec<u8>> {
             .pread(co, offset, piece)
             .map_err(|e| format!("read at {offset:#x}: {e}"))?;
     }
-    let added = bytes.split_off(usize::try_from(size).expect("a small disk"));
+    // It may have become shorter.
+    let added = bytes.split_off(usize::try_from(size).expect("a small disk").min(len));
     if added.iter().any(|b| *b != 0) {
         return Err("what was added is not zeros".to_string());
     }

@@ -12,10 +12,12 @@
 //! | [`judge`] | the oracles |
 //! | [`files`] | a script on real files |
 //! | [`load`] | sends a script's requests, many at once, and asks the model about each |
+//! | [`request`] | one of them |
 //! | [`script`] | the language: settings and operations, as values and as text |
 //! | [`swarm`], [`scripts`] | scripts that a seed draws; scripts in files |
 //! | [`model`] | what a byte of the disk may read as, now and after a power cut |
 //! | [`seeds`] | part: the whole stack by seed |
+//! | [`threads`] | part: real threads and a real file |
 //! | [`exhaustive`] | part: every sequence of a few operations, cut at every write |
 //! | [`faults`] | part: every request to the file fails |
 //! | [`power_cuts`] | part: the power goes at every write |
@@ -54,6 +56,7 @@ pub mod parts;
 pub mod peer;
 pub mod play;
 pub mod power_cuts;
+pub mod request;
 pub mod rng;
 pub mod run;
 pub mod script;
@@ -64,6 +67,7 @@ pub mod sim;
 pub mod soundness;
 pub mod swarm;
 pub mod targets;
+pub mod threads;
 
 // Pure files of the program, whose parsers are fuzzed here too.
 #[path = "../../../tools/src/image_opts.rs"]

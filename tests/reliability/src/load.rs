@@ -4,18 +4,18 @@
 //! are workers, and a slow one holds up nobody. They may run at several homes, which one thread
 //! steps; the model lies between them and needs no lock.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use coblock::aio::{AlignedBuf, Home};
-use coblock::block::drivers::sim::SimDisk;
-use coblock::block::{self, BlockBackend, DenyAll, DriverRegistry, Options, RequestFlags};
-use coblock::coroutine::{Co, CoQueue};
+use coblock::aio::{AioContext, Home};
+use coblock::block::{self, BlockBackend};
+use coblock::coroutine::{Co, CoMutex, CoQueue};
 
-use super::model::{History, Puts, Violation, WriteId};
+use super::model::{History, Violation};
+use super::request::Sender;
 use super::rng::Rng;
-use super::script::{Op, Script};
+use super::script::{Op, Script, Setting};
 
 /// How a request ended.
 #[derive(Debug)]
@@ -78,11 +78,18 @@ pub struct Load {
 }
 
 /// What the workers share.
-struct Shared {
-    state: RefCell<State>,
+pub(crate) struct Shared {
+    pub(crate) state: RefCell<State>,
     /// Waits for those in flight to end, or for the one that must be alone.
     turn: CoQueue,
-    log: Box<dyn Fn() -> usize>,
+    pub(crate) log: Box<dyn Fn() -> usize>,
+    /// Requests that the disk below was sent.
+    pub(crate) asked: Box<dyn Fn() -> u64>,
+    /// The contexts of the queues.
+    contexts: OnceCell<Vec<Arc<AioContext>>>,
+    pub(crate) setting: Setting,
+    /// One takes the graph lock for writing at a time.
+    pub(crate) writer: CoMutex<()>,
     reopen: Option<Box<Reopen>>,
     watch: Box<dyn Fn(&Ended<'_>)>,
     after_each: Box<dyn Fn(&Ended<'_>)>,
@@ -92,9 +99,9 @@ struct Shared {
     mark: Cell<usize>,
 }
 
-struct State {
+pub(crate) struct State {
     backend: Arc<BlockBackend>,
-    history: History,
+    pub(crate) history: History,
     ops: Vec<Op>,
     /// What to say in front of a message.
     story: String,
@@ -105,7 +112,9 @@ struct State {
     /// Most requests that were in flight at once.
     peak: usize,
     errors: usize,
-    rng: Rng,
+    /// Resizes that have begun, and that are under way.
+    pub(crate) resizes: (u64, u64),
+    pub(crate) rng: Rng,
 }
 
 impl Load {
@@ -122,6 +131,7 @@ impl Load {
             alone: false,
             peak: 0,
             errors: 0,
+            resizes: (0, 0),
             rng: Rng::new(!seed),
         };
         Load {
@@ -129,6 +139,10 @@ impl Load {
                 state: RefCell::new(state),
                 turn: CoQueue::new(),
                 log: Box::new(|| 0),
+                asked: Box::new(|| 0),
+                contexts: OnceCell::new(),
+                setting: script.setting.clone(),
+                writer: CoMutex::new(()),
                 reopen: None,
                 watch: Box::new(|_| {}),
                 after_each: Box::new(|_| {}),
@@ -147,6 +161,13 @@ impl Load {
     #[must_use]
     pub fn log(mut self, log: impl Fn() -> usize + 'static) -> Self {
         self.shared().log = Box::new(log);
+        self
+    }
+
+    /// How many requests the disk below was sent so far: none comes in a drained section.
+    #[must_use]
+    pub fn asked(mut self, asked: impl Fn() -> u64 + 'static) -> Self {
+        self.shared().asked = Box::new(asked);
         self
     }
 
@@ -184,11 +205,19 @@ impl Load {
 
     /// Starts the workers, in turn at each of `homes`. They run while somebody polls these.
     pub fn start(&self, homes: &[&Home]) {
+        let contexts = homes.iter().map(|home| home.context().clone()).collect();
+        let known = self.shared.contexts.set(contexts);
+        known.expect("a load starts once");
         for nth in 0..self.shared.workers.get() {
             let shared = self.shared.clone();
             homes[nth % homes.len()].spawn("worker", move |co| {
+                // Where its requests are sent, if not here.
+                let mut queue = None;
                 while let Some((index, op)) = shared.take(co) {
-                    shared.serve(co, index, op);
+                    if let Op::Move { queue: there } = op {
+                        queue = Some(there);
+                    }
+                    shared.serve(co, index, op, queue);
                 }
                 shared.workers.set(shared.workers.get() - 1);
             });
@@ -262,12 +291,18 @@ impl Shared {
         }
     }
 
-    fn serve(&self, co: &Co, index: usize, op: Op) {
+    fn serve(&self, co: &Co, index: usize, op: Op, queue: Option<usize>) {
         let backend = self.state.borrow().backend.clone();
         let result = if op.alone() {
             self.step(co, op, backend)
         } else {
-            request(co, &backend, self, op)
+            let contexts = self.contexts.get().expect("it has started");
+            let sender = Sender {
+                co,
+                backend: &backend,
+                elsewhere: queue.map(|there| &contexts[there]),
+            };
+            self.request(&sender, op)
         };
         let error = match &result {
             Ok(()) => None,
@@ -299,16 +334,6 @@ impl Shared {
         self.turn.wake_all();
     }
 
-    /// A write has ended.
-    fn written(&self, id: WriteId, result: block::Result<()>) -> Result<(), Failed> {
-        let history = &mut self.state.borrow_mut().history;
-        match result {
-            Ok(()) => history.end_write(id),
-            Err(_) => history.fail_write(id),
-        }
-        Ok(result?)
-    }
-
     /// A step between requests: nothing is in flight.
     fn step(&self, co: &Co, op: Op, backend: Arc<BlockBackend>) -> Result<(), Failed> {
         match op {
@@ -335,107 +360,6 @@ impl Shared {
         let opened = reopen(co)?;
         self.state.borrow_mut().backend = opened;
         Ok(closed?)
-    }
-}
-
-/// A buffer, sometimes aligned for direct I/O and sometimes just not, so that the bounce buffers
-/// have work.
-enum Buffer {
-    Aligned(AlignedBuf),
-    Ragged(Vec<u8>),
-}
-
-impl Buffer {
-    fn new(len: usize, ragged: bool) -> Self {
-        if ragged {
-            Buffer::Ragged(vec![0xa5; len + 1])
-        } else {
-            Buffer::Aligned(AlignedBuf::try_new(len, 4096).expect("a small buffer"))
-        }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        match self {
-            Buffer::Aligned(buf) => buf,
-            Buffer::Ragged(buf) => &mut buf[1..],
-        }
-    }
-}
-
-fn request(co: &Co, backend: &BlockBackend, load: &Shared, op: Op) -> Result<(), Failed> {
-    let (shared, log) = (&load.state, &load.log);
-    let ragged = shared.borrow_mut().rng.chance(25);
-    match op {
-        Op::Read { offset, len } => {
-            let mut buf = Buffer::new(len, ragged);
-            let token = shared.borrow_mut().history.begin_read();
-            backend.pread(co, offset, buf.bytes())?;
-            let judged = shared
-                .borrow_mut()
-                .history
-                .end_read(&token, offset, buf.bytes());
-            judged.map_err(Failed::Wrong)
-        }
-        Op::Write { offset, len } => {
-            let mut buf = Buffer::new(len, ragged);
-            let id = shared
-                .borrow_mut()
-                .history
-                .begin_write(offset, buf.bytes(), log());
-            let result = backend.pwrite(co, offset, &*buf.bytes(), RequestFlags::empty());
-            load.written(id, result)
-        }
-        Op::Zero { offset, len, unmap } => {
-            let id = shared
-                .borrow_mut()
-                .history
-                .begin_zeros(offset, len, log(), Puts::Zeros);
-            let flags = if unmap {
-                RequestFlags::MAY_UNMAP
-            } else {
-                RequestFlags::empty()
-            };
-            load.written(id, backend.pwrite_zeroes(co, offset, len as u64, flags))
-        }
-        Op::Discard { offset, len } => {
-            let id =
-                shared
-                    .borrow_mut()
-                    .history
-                    .begin_zeros(offset, len, log(), Puts::ZerosOrNothing);
-            load.written(id, backend.pdiscard(co, offset, len as u64))
-        }
-        Op::Copy { offset, len } => {
-            let mut buf = vec![0; len];
-            let id = shared
-                .borrow_mut()
-                .history
-                .begin_write(offset, &mut buf, log());
-            let options = Options::new()
-                .with("driver", "sim")
-                .with_object("disk", SimDisk::with_contents(&buf));
-            let registry = DriverRegistry::with_builtin();
-            let node = block::open(co, backend.graph(), &registry, &DenyAll, options)
-                .expect("a disk in memory");
-            let source = BlockBackend::new(backend.graph(), node);
-            let copied = source.copy_range(co, 0, backend, offset, len as u64);
-            source.close(co).expect("nothing happens to the source");
-            load.written(id, copied)
-        }
-        Op::Grow { len } => {
-            // Where somebody else has made it longer, it is to stay so.
-            if backend.len() < len {
-                backend.truncate(co, len, true)?;
-            }
-            Ok(())
-        }
-        Op::Flush => {
-            let began = shared.borrow_mut().history.begin_flush();
-            backend.flush(co)?;
-            shared.borrow_mut().history.end_flush(began, log());
-            Ok(())
-        }
-        Op::Wait | Op::Reopen | Op::Mark => unreachable!("steps are no requests"),
     }
 }
 

@@ -82,7 +82,7 @@ fn simulate(words: &[String]) -> Result<bool, String> {
             for (seed, why) in &many.failures {
                 println!("FAILED seed {seed}: {why}\n  replay: cargo xtask sim --seed {seed}");
             }
-            println!("{}", many.line());
+            println!("{}\n{}", many.words_line(), many.line());
             Ok(many.failures.is_empty())
         }
         _ => Err(SIM_USAGE.to_string()),
@@ -114,6 +114,7 @@ fn reliability(words: &[String]) -> Result<bool, String> {
     let mut plan = Plan {
         scale: Scale::Ci,
         jobs: cores(),
+        quick: false,
     };
     let (mut names, mut json, mut docs) = (Vec::new(), None, None);
     // The hunt takes longer than CI has.
@@ -126,8 +127,8 @@ fn reliability(words: &[String]) -> Result<bool, String> {
                 .ok_or(format!("{word} needs a value\n\n{USAGE}"))
         };
         match word.as_str() {
-            "--tenth" => (plan.scale, hunt) = (Scale::Tenth, false),
-            "--ci" => (plan.scale, hunt) = (Scale::Ci, false),
+            "--tenth" => (plan.scale, plan.quick, hunt) = (Scale::Tenth, true, false),
+            "--ci" => (plan.scale, plan.quick, hunt) = (Scale::Ci, true, false),
             "--release-figures" => plan.scale = Scale::Release,
             "--part" => names.push(value()?.clone()),
             "--jobs" => plan.jobs = value()?.parse().map_err(|e| format!("--jobs: {e}"))?,

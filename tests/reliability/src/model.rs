@@ -96,6 +96,9 @@ pub enum Puts {
     Zeros,
     /// Zeros where the disk likes, and what was there elsewhere: a discard.
     ZerosOrNothing,
+    /// Zeros, once the disk is longer again: it was cut off. As long as that is not durable, the
+    /// backing file may show instead.
+    CutOff,
 }
 
 /// One write, as the model knows it.
@@ -107,6 +110,8 @@ struct Write {
     began_log: usize,
     /// None while it is in flight.
     ended: Option<u64>,
+    /// Log position from which it is durable by itself, without a flush.
+    durable_log: Option<usize>,
     /// It failed, or nobody flushed it before the image was lost: its content may be there, wholly
     /// or in part, until another write came after its end.
     failed: bool,
@@ -132,6 +137,10 @@ pub struct History {
     flushes: Vec<Flush>,
     /// What a unit holds before the first write: zeros, or a backing file's stamp.
     base: Vec<bool>,
+    /// The disk's length in bytes is one more thing that is written, by resizes.
+    lens: Vec<(WriteId, u64)>,
+    /// Units that a backing file has.
+    backing: usize,
     /// May a read see half of a write that goes on at the same time?
     racing_reads: bool,
 }
@@ -192,8 +201,11 @@ impl History {
                 began: 0,
                 began_log: 0,
                 ended: Some(0),
+                durable_log: None,
                 failed: false,
             }],
+            lens: vec![(0, size)],
+            backing: 0,
             units: vec![vec![0]; units],
             flushes: Vec::new(),
             base: vec![false; units],
@@ -210,8 +222,8 @@ impl History {
 
     /// Says that the first `len` bytes held a backing file's stamp (write 0) before the run.
     pub fn set_base(&mut self, len: u64) {
-        let units = usize::try_from(len / self.unit as u64).expect("a small disk");
-        self.base[..units].fill(true);
+        self.backing = usize::try_from(len / self.unit as u64).expect("a small disk");
+        self.base[..self.backing].fill(true);
     }
 
     /// Says that the units of `content` at `offset` were there before the run: stamps of write 0, or
@@ -265,6 +277,7 @@ impl History {
             began,
             began_log: log,
             ended: None,
+            durable_log: None,
             failed: false,
         });
         for unit in self.range(offset, len) {
@@ -279,6 +292,28 @@ impl History {
         self.writes[index(id)].ended = Some(now);
     }
 
+    /// A resize to `len` bytes begins.
+    pub fn begin_resize(&mut self, len: u64, log: usize) -> WriteId {
+        let cut = usize::try_from(self.size().saturating_sub(len)).expect("a small disk");
+        let id = self.begin(len.min(self.size()), cut, log, Puts::CutOff);
+        self.lens.push((id, len));
+        id
+    }
+
+    /// The write ended well, and is durable without a flush.
+    pub fn end_durable_write(&mut self, id: WriteId, log: usize) {
+        self.end_write(id);
+        self.writes[index(id)].durable_log = Some(log);
+    }
+
+    /// The write was refused: nothing of it is there.
+    pub fn take_back(&mut self, id: WriteId, offset: u64, len: usize) {
+        self.end_write(id);
+        for unit in self.range(offset, len) {
+            self.units[unit].retain(|other| *other != id);
+        }
+    }
+
     /// The write failed: any part of it may be there, and may be gone at any time.
     pub fn fail_write(&mut self, id: WriteId) {
         self.end_write(id);
@@ -291,7 +326,7 @@ impl History {
         let now = self.tick();
         let durable = self.flushes.iter().map(|f| f.began).max().unwrap_or(1);
         for write in &mut self.writes {
-            if write.ended.is_some_and(|e| e >= durable) {
+            if write.ended.is_some_and(|e| e >= durable) && write.durable_log.is_none() {
                 write.ended = Some(now);
                 write.failed = true;
             }
@@ -365,14 +400,59 @@ impl History {
     }
 
     fn cut(&self, log: usize, offset: u64, units: &[Content]) -> Result<(), Violation> {
-        let durable = self
-            .flushes
-            .iter()
-            .filter(|f| f.ended_log <= log)
-            .map(|f| f.began)
-            .max();
-        let before = |w: &Write| w.ended.is_some_and(|e| Some(e) < durable || e == 0);
-        self.compare(offset, units, log, before, |_| false)
+        self.compare(offset, units, log, self.durable_at(log), |_| false)
+    }
+
+    /// Which writes are durable when the power goes after `log` entries?
+    fn durable_at(&self, log: usize) -> impl Fn(&Write) -> bool {
+        let flushes = self.flushes.iter().filter(|f| f.ended_log <= log);
+        let durable = flushes.map(|f| f.began).max();
+        move |w| {
+            w.ended.is_some_and(|e| Some(e) < durable || e == 0)
+                || w.durable_log.is_some_and(|at| at <= log)
+        }
+    }
+
+    /// May the disk be `len` bytes long, when nothing is in flight?
+    ///
+    /// # Errors
+    /// Which lengths it may have.
+    pub fn len_now(&self, len: u64) -> Result<(), String> {
+        self.len(len, usize::MAX, |w| w.ended.is_some())
+    }
+
+    /// The same when the power went after `log` entries.
+    ///
+    /// # Errors
+    /// Which lengths it may have.
+    pub fn len_after_power_cut(&self, log: usize, len: u64) -> Result<(), String> {
+        self.len(len, log, self.durable_at(log))
+    }
+
+    fn len(&self, found: u64, log: usize, settled: impl Fn(&Write) -> bool) -> Result<(), String> {
+        let ids: Vec<WriteId> = self.lens.iter().map(|(id, _)| *id).collect();
+        let newest = self.newest(&ids, &settled);
+        let allowed = self.lens.iter().filter(|(id, _)| {
+            let w = &self.writes[index(*id)];
+            w.began_log <= log && w.ended.is_none_or(|e| e >= newest)
+        });
+        let allowed: Vec<u64> = allowed.map(|(_, len)| *len).collect();
+        match allowed.contains(&found) {
+            true => Ok(()),
+            false => Err(format!("{found} bytes long, allowed {allowed:?}")),
+        }
+    }
+
+    /// When the newest of these began that makes outdated what had ended before: it is settled, and
+    /// did not fail.
+    fn newest(&self, ids: &[WriteId], settled: impl Fn(&Write) -> bool) -> u64 {
+        let writes = ids.iter().map(|id| &self.writes[index(*id)]);
+        writes
+            // A discard makes nothing outdated: what was there may still be.
+            .filter(|w| settled(w) && !w.failed && w.puts != Puts::ZerosOrNothing)
+            .map(|w| w.began)
+            .max()
+            .unwrap_or(0)
     }
 
     /// Everything that has ended is durable, and the file has a new log.
@@ -437,14 +517,7 @@ impl History {
             let at = (unit * self.unit) as u64;
             let ids = &self.units[unit];
             // A write is outdated when another one began after its end and is settled.
-            let newest = ids
-                .iter()
-                .map(|id| &self.writes[index(*id)])
-                // A discard makes nothing outdated: what was there may still be.
-                .filter(|w| settled(w) && !w.failed && w.puts != Puts::ZerosOrNothing)
-                .map(|w| w.began)
-                .max()
-                .unwrap_or(0);
+            let newest = self.newest(ids, &settled);
             let allowed = |id: WriteId| {
                 let w = &self.writes[index(id)];
                 w.began_log <= log && w.ended.is_none_or(|e| e >= newest)
@@ -452,7 +525,14 @@ impl History {
             let fine = match found {
                 Content::Foreign => ids.iter().any(|id| racing(&self.writes[index(*id)])),
                 Content::Zero => ids.iter().any(|id| self.zeros(*id, unit) && allowed(*id)),
-                Content::Stamp(0) => self.base[unit] && allowed(0),
+                Content::Stamp(0) => {
+                    let shows = |id: WriteId| {
+                        let w = &self.writes[index(id)];
+                        w.puts == Puts::CutOff && (w.failed || !settled(w)) && allowed(id)
+                    };
+                    self.base[unit] && allowed(0)
+                        || unit < self.backing && ids.iter().any(|id| shows(*id))
+                }
                 Content::Stamp(id) => ids.contains(&id) && !self.zeros(id, unit) && allowed(id),
             };
             if !fine {
@@ -516,135 +596,4 @@ pub fn assert_same(what: &str, found: &[u8], expected: &[u8]) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const UNIT: usize = 512;
-
-    fn read(h: &mut History, id: Option<WriteId>) -> Result<(), Violation> {
-        let token = h.begin_read();
-        end(h, &token, id)
-    }
-
-    fn end(h: &mut History, token: &ReadToken, id: Option<WriteId>) -> Result<(), Violation> {
-        h.end_read(token, 0, &unit(id))
-    }
-
-    fn unit(id: Option<WriteId>) -> [u8; UNIT] {
-        let mut buf = [0; UNIT];
-        if let Some(id) = id {
-            stamp(&mut buf, 0, UNIT, 9, id);
-        }
-        buf
-    }
-
-    fn write(h: &mut History, log: usize) -> WriteId {
-        h.begin_write(0, &mut [0; UNIT], log)
-    }
-
-    /// The model accepts both orders of overlapping writes, and nothing older or foreign.
-    #[test]
-    fn overlapping_writes_have_two_outcomes() {
-        let mut h = History::new(4096, UNIT, 9);
-        assert!(read(&mut h, None).is_ok());
-        let one = write(&mut h, 0);
-        let two = write(&mut h, 0);
-        h.end_write(one);
-        assert!(read(&mut h, Some(one)).is_ok());
-        assert!(read(&mut h, Some(two)).is_ok(), "in flight: may be seen");
-        assert!(read(&mut h, None).is_err(), "the first one has ended");
-        h.end_write(two);
-        assert!(read(&mut h, Some(one)).is_ok(), "they overlapped");
-        let token = h.begin_read();
-        let three = write(&mut h, 0);
-        h.end_write(three);
-        assert!(
-            end(&mut h, &token, Some(two)).is_ok(),
-            "the third ended after this read began"
-        );
-        assert!(end(&mut h, &token, Some(three)).is_ok());
-        assert!(read(&mut h, Some(two)).is_err());
-        assert!(read(&mut h, Some(three)).is_ok());
-        let mut torn = unit(Some(three));
-        torn[300] ^= 1;
-        let token = h.begin_read();
-        assert!(
-            h.end_read(&token, 0, &torn).is_err(),
-            "a flipped bit is nobody's content"
-        );
-        assert!(
-            h.end_read(&token, 512, &unit(Some(three))).is_err(),
-            "content of another place"
-        );
-    }
-
-    /// After a power cut: what was flushed, or anything begun since; never what was flushed over.
-    #[test]
-    fn power_cut_keeps_what_was_flushed() {
-        let mut h = History::new(4096, UNIT, 9);
-        let one = write(&mut h, 3);
-        h.end_write(one);
-        let began = h.begin_flush();
-        let two = write(&mut h, 5);
-        h.end_flush(began, 7);
-        h.end_write(two);
-        let ok = |h: &History, log, id| h.after_power_cut(log, 0, &unit(id)).is_ok();
-        assert!(
-            ok(&h, 2, None) && !ok(&h, 2, Some(one)),
-            "cut before the write: not there"
-        );
-        assert!(ok(&h, 6, None) && ok(&h, 6, Some(one)) && ok(&h, 6, Some(two)));
-        assert!(!ok(&h, 7, None), "flushed");
-        assert!(ok(&h, 7, Some(one)) && ok(&h, 7, Some(two)));
-        let began = h.begin_flush();
-        h.end_flush(began, 9);
-        assert!(ok(&h, 8, Some(one)) && !ok(&h, 9, Some(one)) && ok(&h, 9, Some(two)));
-    }
-
-    /// On real files a mixture is legal while a write goes on, and not a moment longer.
-    #[test]
-    fn racing_reads_end_with_the_write() {
-        let mut h = History::new(4096, UNIT, 9);
-        h.allow_racing_reads();
-        let mixture = [1; UNIT];
-        let during = h.begin_read();
-        let one = write(&mut h, 0);
-        assert!(h.end_read(&during, 0, &mixture).is_ok());
-        h.end_write(one);
-        assert!(h.end_read(&during, 0, &mixture).is_ok());
-        let after = h.begin_read();
-        assert!(h.end_read(&after, 0, &mixture).is_err());
-    }
-
-    /// Zeros must be there after a write of zeros, and may be there after a discard, until the next
-    /// write.
-    #[test]
-    fn zeros_and_discards() {
-        let mut h = History::new(4096, UNIT, 9);
-        let one = write(&mut h, 0);
-        h.end_write(one);
-        let discard = h.begin_zeros(0, UNIT, 0, Puts::ZerosOrNothing);
-        h.end_write(discard);
-        assert!(read(&mut h, Some(one)).is_ok() && read(&mut h, None).is_ok());
-        let zeros = h.begin_zeros(0, UNIT, 0, Puts::Zeros);
-        h.end_write(zeros);
-        assert!(read(&mut h, Some(one)).is_err() && read(&mut h, None).is_ok());
-        let two = write(&mut h, 0);
-        h.end_write(two);
-        assert!(read(&mut h, Some(two)).is_ok() && read(&mut h, None).is_err());
-        assert!(
-            read(&mut h, Some(zeros)).is_err(),
-            "nobody writes a stamp with this number"
-        );
-    }
-
-    /// A backing file's content counts as flushed, and is not zeros.
-    #[test]
-    fn base_is_durable() {
-        let mut h = History::new(4096, UNIT, 9);
-        h.set_base(512);
-        assert!(h.after_power_cut(0, 0, &unit(Some(0))).is_ok());
-        assert!(h.after_power_cut(0, 0, &unit(None)).is_err());
-        assert!(h.after_power_cut(0, 512, &unit(None)).is_ok());
-    }
-}
+mod tests;

@@ -34,6 +34,8 @@ pub struct Plan {
     pub scale: Scale,
     /// Threads that it may keep busy.
     pub jobs: usize,
+    /// Less of what only takes time: a run of CI, or of `cargo test`.
+    pub quick: bool,
 }
 
 /// What is counted. The names are those of `target/reliability.json`.
@@ -51,19 +53,22 @@ pub enum Figure {
     Kills,
     /// Scripts that were compared with the reference.
     Scripts,
+    /// Requests of real threads.
+    Requests,
     /// Mutants that were caught.
     Mutants,
 }
 
 impl Figure {
     /// All of them, in the order in which they are printed.
-    pub const ALL: [Figure; 7] = [
+    pub const ALL: [Figure; 8] = [
         Figure::States,
         Figure::Runs,
         Figure::Seeds,
         Figure::Executions,
         Figure::Kills,
         Figure::Scripts,
+        Figure::Requests,
         Figure::Mutants,
     ];
 
@@ -76,6 +81,7 @@ impl Figure {
             Figure::Executions => "executions",
             Figure::Kills => "kills",
             Figure::Scripts => "scripts",
+            Figure::Requests => "requests",
             Figure::Mutants => "mutants",
         }
     }

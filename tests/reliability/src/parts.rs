@@ -1,7 +1,7 @@
 //! The list of all parts, in the order in which they run.
 
 use super::part::Part;
-use super::{exhaustive, faults, fuzz, kills, outside, power_cuts, seeds};
+use super::{exhaustive, faults, fuzz, kills, outside, power_cuts, seeds, threads};
 
 /// Every part of the machine.
 pub const ALL: &[Part] = &[
@@ -9,6 +9,7 @@ pub const ALL: &[Part] = &[
     exhaustive::PART,
     faults::PART,
     seeds::PART,
+    threads::PART,
     kills::PART,
     fuzz::PART,
     outside::SCRIPTS,

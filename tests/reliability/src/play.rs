@@ -12,12 +12,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coblock::block::drivers::sim::{LogEntry, SimDisk};
-use coblock::block::{self, BlockBackend, Explicit, Node, Options};
+use coblock::block::{self, BlockBackend, Explicit, Options};
 use coblock::coroutine::Co;
 use coblock::qcow2::{Qcow2, Qcow2Stats};
 
 use super::load::{Ended, Load, Loaded};
 use super::model::{History, stamp};
+use super::request::LIMITS;
 use super::script::{Script, Setting};
 use super::sim::{self, Simulation};
 use super::{compressed, image};
@@ -77,17 +78,31 @@ impl Stage {
 
     /// How the setting opens the image.
     pub fn options(&self) -> Options {
-        let options = if self.setting.small_caches {
+        let setting = &self.setting;
+        let options = if setting.small_caches {
             sim::image_with_smallest_caches(&self.disk)
         } else {
             sim::image(&self.disk)
         };
-        let mode = if self.setting.serial {
-            "serial"
-        } else {
-            "mutex"
+        let word = |on: bool, [yes, no]: [&'static str; 2]| if on { yes } else { no };
+        let mut options = options
+            .with("request-mode", word(setting.serial, ["serial", "mutex"]))
+            .with(
+                "discard",
+                word(setting.ignore_discards, ["ignore", "unmap"]),
+            );
+        let mut put_above = |filter: Options| {
+            let image = std::mem::replace(&mut options, filter);
+            options.nest("file", image);
         };
-        options.with("request-mode", mode)
+        if setting.copy_on_read {
+            put_above(Options::new().with("driver", "copy-on-read"));
+        }
+        if setting.throttle_node {
+            let filter = Options::new().with("driver", "throttle");
+            put_above(filter.with("throttle-group", LIMITS));
+        }
+        options
     }
 
     /// Lets an image have the backing file that it names.
@@ -166,16 +181,23 @@ pub fn play_on(
     let setting = &script.setting;
     stage.delay();
     let sim = Simulation::new(setting.seed, setting.queues);
+    if setting.throttle_node {
+        sim.add_limits(LIMITS);
+    }
     let open = Rc::new(stage.opener(&sim));
     let first = open.clone();
     let backend = sim
         .run(move |co| first(co))
         .unwrap_or_else(|e| panic!("seed {}: open: {e}", setting.seed));
-    let disk = stage.disk.clone();
+    let (disk, below) = (stage.disk.clone(), stage.disk.clone());
     let audits = Rc::new(Cell::new(0));
     let load = Load::new(&backend, script, history)
         .watch(auditor(&stage, audits.clone()))
         .log(move || disk.log_len())
+        .asked(move || {
+            let counts = below.counts();
+            counts.reads + counts.writes + counts.flushes + counts.zeroes + counts.discards
+        })
         .reopen(move |co| open(co));
     drop(backend);
     let load = prepare(&stage, load);
@@ -227,7 +249,7 @@ fn auditor(stage: &Stage, audits: Rc<Cell<u64>>) -> impl Fn(&Ended<'_>) + 'stati
         }
         let peek =
             |offset: u64, into: &mut [u8]| into.copy_from_slice(&disk.peek(offset, into.len()));
-        match qcow2(&ended.backend.node()).audit(ended.co, &peek) {
+        match with_image(ended.backend, |image| image.audit(ended.co, &peek)).flatten() {
             None => {}
             Some(Ok(_)) => audits.set(audits.get() + 1),
             Some(Err(why)) => panic!("seed {seed}: after {}: {}: {why}", ended.index, ended.op),
@@ -237,11 +259,15 @@ fn auditor(stage: &Stage, audits: Rc<Cell<u64>>) -> impl Fn(&Ended<'_>) + 'stati
 
 /// What the qcow2 driver of a disk counted.
 pub fn stats(backend: &BlockBackend) -> Qcow2Stats {
-    qcow2(&backend.node()).stats()
+    with_image(backend, Qcow2::stats).unwrap_or_default()
 }
 
-/// The driver of a qcow2 node.
-pub fn qcow2(node: &Node) -> &Qcow2 {
-    let driver = node.driver().as_any().expect("qcow2 shows itself");
-    driver.downcast_ref().expect("a qcow2 node")
+/// Calls `f` with the driver of the disk's image, below any filters; unless that is closed.
+pub fn with_image<R>(backend: &BlockBackend, f: impl FnOnce(&Qcow2) -> R) -> Option<R> {
+    let graph = backend.graph();
+    let names = graph.node_names();
+    let mut nodes = names.iter().filter_map(|name| graph.find_node(name));
+    let node = nodes.find(|node| node.format() == "qcow2")?;
+    let driver = node.driver().as_any();
+    driver.and_then(|any| any.downcast_ref()).map(f)
 }

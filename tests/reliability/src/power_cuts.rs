@@ -24,6 +24,7 @@ pub const PART: Part = Part {
 const SAMPLE: Sample = Sample {
     reference: 101,
     goes_on: 97,
+    repaired: 11,
     per_place: 0,
 };
 

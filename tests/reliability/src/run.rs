@@ -172,6 +172,7 @@ mod tests {
         let plan = Plan {
             scale: Scale::Tenth,
             jobs: 1,
+            quick: true,
         };
         let done = run(&[PART, PART, broken], &plan);
         let json: Value = serde_json::from_str(&to_json(&done)).unwrap();

@@ -7,31 +7,40 @@
 //! ```text
 //! # a comment
 //! image version=3 cluster-bits=12 refcount-order=4 size=0x100000 backing=0x80000 compressed=4 lazy
-//! open serial small-caches queues=2
+//! open serial small-caches queues=2 copy-on-read throttle-node ignore-discards
 //! run seed=7 unit=512 in-flight=8 delay-us=200
 //! write 0x1000 4096
 //! flush
-//! zero 0x0 512 unmap
+//! zero 0x0 512 unmap fua
+//! move 1
+//! drain
 //! ```
 //!
 //! A new feature adds its operation here, what it does to the disk in `load.rs`, and what it means in
 //! `model.rs`; then every part of the machine uses it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
+use coblock::block::RequestFlags;
+
 /// One request, or a step between requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
     /// Read `len` bytes at `offset`.
     Read { offset: u64, len: usize },
     /// Write `len` bytes at `offset`, stamped by the model.
-    Write { offset: u64, len: usize },
-    /// Make `len` bytes at `offset` zeros; with `unmap` the storage may go.
+    Write {
+        offset: u64,
+        len: usize,
+        flags: RequestFlags,
+    },
+    /// Make `len` bytes at `offset` zeros.
     Zero {
         offset: u64,
         len: usize,
-        unmap: bool,
+        flags: RequestFlags,
     },
     /// Give back the storage of `len` bytes at `offset`.
     Discard { offset: u64, len: usize },
@@ -39,6 +48,18 @@ pub enum Op {
     Copy { offset: u64, len: usize },
     /// Make the disk `len` bytes long, if it is shorter.
     Grow { len: u64 },
+    /// Make the disk `len` bytes long, if it is longer.
+    Shrink { len: u64 },
+    /// A drained section of the disk's node, held for a while.
+    Drain,
+    /// The same of all nodes.
+    DrainAll,
+    /// The main home takes the graph lock for writing.
+    Lock,
+    /// Whoever takes it sends what it takes from now on in the context of that queue.
+    Move { queue: usize },
+    /// Requests keep to these limits from now on: operations and bytes in a second; 0 is none.
+    Throttle { iops: u64, bps: u64 },
     /// Make everything that has ended durable.
     Flush,
     /// Nothing is sent before everything that was sent has ended.
@@ -54,11 +75,56 @@ impl Op {
     pub fn range(&self) -> Option<(u64, usize)> {
         match *self {
             Op::Read { offset, len }
-            | Op::Write { offset, len }
+            | Op::Write { offset, len, .. }
             | Op::Zero { offset, len, .. }
             | Op::Discard { offset, len }
             | Op::Copy { offset, len } => Some((offset, len)),
-            Op::Grow { .. } | Op::Flush | Op::Wait | Op::Reopen | Op::Mark => None,
+            Op::Grow { .. }
+            | Op::Shrink { .. }
+            | Op::Drain
+            | Op::DrainAll
+            | Op::Lock
+            | Op::Move { .. }
+            | Op::Throttle { .. }
+            | Op::Flush
+            | Op::Wait
+            | Op::Reopen
+            | Op::Mark => None,
+        }
+    }
+
+    /// A write without flags.
+    pub fn write(offset: u64, len: usize) -> Op {
+        let flags = RequestFlags::empty();
+        Op::Write { offset, len, flags }
+    }
+
+    /// Its first word in a script.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Op::Read { .. } => "read",
+            Op::Write { .. } => "write",
+            Op::Zero { .. } => "zero",
+            Op::Discard { .. } => "discard",
+            Op::Copy { .. } => "copy",
+            Op::Grow { .. } => "grow",
+            Op::Shrink { .. } => "shrink",
+            Op::Drain => "drain",
+            Op::DrainAll => "drain-all",
+            Op::Lock => "lock",
+            Op::Move { .. } => "move",
+            Op::Throttle { .. } => "throttle",
+            Op::Flush => "flush",
+            Op::Wait => "wait",
+            Op::Reopen => "reopen",
+            Op::Mark => "mark",
+        }
+    }
+
+    fn flags(&self) -> RequestFlags {
+        match *self {
+            Op::Write { flags, .. } | Op::Zero { flags, .. } => flags,
+            _ => RequestFlags::empty(),
         }
     }
 
@@ -68,22 +134,30 @@ impl Op {
     }
 }
 
+/// Words of flags that follow a write or zeros.
+const FLAGS: [(&str, RequestFlags); 4] = [
+    ("fua", RequestFlags::FUA),
+    ("unmap", RequestFlags::MAY_UNMAP),
+    ("fast", RequestFlags::NO_FALLBACK),
+    ("serialising", RequestFlags::SERIALISING),
+];
+
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Op::Read { offset, len } => write!(f, "read {offset:#x} {len}"),
-            Op::Write { offset, len } => write!(f, "write {offset:#x} {len}"),
-            Op::Zero { offset, len, unmap } => {
-                let unmap = if unmap { " unmap" } else { "" };
-                write!(f, "zero {offset:#x} {len}{unmap}")
+        f.write_str(self.word())?;
+        if let Some((offset, len)) = self.range() {
+            write!(f, " {offset:#x} {len}")?;
+        }
+        for (word, flag) in FLAGS {
+            if self.flags().contains(flag) {
+                write!(f, " {word}")?;
             }
-            Op::Discard { offset, len } => write!(f, "discard {offset:#x} {len}"),
-            Op::Copy { offset, len } => write!(f, "copy {offset:#x} {len}"),
-            Op::Grow { len } => write!(f, "grow {len:#x}"),
-            Op::Flush => f.write_str("flush"),
-            Op::Wait => f.write_str("wait"),
-            Op::Reopen => f.write_str("reopen"),
-            Op::Mark => f.write_str("mark"),
+        }
+        match *self {
+            Op::Grow { len } | Op::Shrink { len } => write!(f, " {len:#x}"),
+            Op::Move { queue } => write!(f, " {queue}"),
+            Op::Throttle { iops, bps } => write!(f, " {iops} {bps}"),
+            _ => Ok(()),
         }
     }
 }
@@ -93,33 +167,47 @@ impl FromStr for Op {
 
     fn from_str(line: &str) -> Result<Self, String> {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let range = |offset: &str, len: &str| -> Result<(u64, usize), String> {
-            let len = usize::try_from(number(len)?).map_err(|e| e.to_string())?;
-            Ok((number(offset)?, len))
-        };
+        let unknown = || format!("no operation: '{line}'");
+        let size = |word: &str| usize::try_from(number(word)?).map_err(|e| e.to_string());
         Ok(match words[..] {
-            ["read", at, len] => range(at, len).map(|(offset, len)| Op::Read { offset, len })?,
-            ["write", at, len] => range(at, len).map(|(offset, len)| Op::Write { offset, len })?,
-            ["zero", at, len] => range(at, len).map(|(offset, len)| Op::Zero {
-                offset,
+            [
+                word @ ("read" | "write" | "zero" | "discard" | "copy"),
+                at,
                 len,
-                unmap: false,
-            })?,
-            ["zero", at, len, "unmap"] => range(at, len).map(|(offset, len)| Op::Zero {
-                offset,
-                len,
-                unmap: true,
-            })?,
-            ["discard", at, len] => {
-                range(at, len).map(|(offset, len)| Op::Discard { offset, len })?
+                ref rest @ ..,
+            ] => {
+                let (offset, len) = (number(at)?, size(len)?);
+                let mut flags = RequestFlags::empty();
+                for word in rest {
+                    let known = FLAGS.iter().find(|(name, _)| name == word);
+                    flags |= known.ok_or_else(unknown)?.1;
+                }
+                match word {
+                    "write" => Op::Write { offset, len, flags },
+                    "zero" => Op::Zero { offset, len, flags },
+                    _ if !rest.is_empty() => return Err(unknown()),
+                    "read" => Op::Read { offset, len },
+                    "discard" => Op::Discard { offset, len },
+                    _ => Op::Copy { offset, len },
+                }
             }
-            ["copy", at, len] => range(at, len).map(|(offset, len)| Op::Copy { offset, len })?,
             ["grow", len] => Op::Grow { len: number(len)? },
+            ["shrink", len] => Op::Shrink { len: number(len)? },
+            ["drain"] => Op::Drain,
+            ["drain-all"] => Op::DrainAll,
+            ["lock"] => Op::Lock,
+            ["move", queue] => Op::Move {
+                queue: size(queue)?,
+            },
+            ["throttle", iops, bps] => Op::Throttle {
+                iops: number(iops)?,
+                bps: number(bps)?,
+            },
             ["flush"] => Op::Flush,
             ["wait"] => Op::Wait,
             ["reopen"] => Op::Reopen,
             ["mark"] => Op::Mark,
-            _ => return Err(format!("no operation: '{line}'")),
+            _ => return Err(unknown()),
         })
     }
 }
@@ -156,6 +244,12 @@ pub struct Setting {
     pub small_caches: bool,
     /// Contexts that send requests.
     pub queues: usize,
+    /// Requests go through a filter that copies on read.
+    pub copy_on_read: bool,
+    /// Limits are those of a filter node, not of the user.
+    pub throttle_node: bool,
+    /// Discards are ignored, as the driver does unless told otherwise.
+    pub ignore_discards: bool,
     /// Requests begin and end at multiples of it; the model's unit.
     pub unit: usize,
     /// Requests in flight at once.
@@ -179,6 +273,9 @@ impl Default for Setting {
             serial: false,
             small_caches: true,
             queues: 1,
+            copy_on_read: false,
+            throttle_node: false,
+            ignore_discards: false,
             unit: 512,
             in_flight: 1,
             delay_us: 200,
@@ -210,6 +307,9 @@ impl Setting {
             "serial" => self.serial = true,
             "small-caches" => self.small_caches = true,
             "queues" => self.queues = count(value)?,
+            "copy-on-read" => self.copy_on_read = true,
+            "throttle-node" => self.throttle_node = true,
+            "ignore-discards" => self.ignore_discards = true,
             "unit" => self.unit = count(value)?,
             "in-flight" => self.in_flight = count(value)?,
             "delay-us" => self.delay_us = number(value)?,
@@ -236,10 +336,13 @@ impl fmt::Display for Setting {
         )?;
         writeln!(
             f,
-            "open queues={}{}{}",
+            "open queues={}{}{}{}{}{}",
             self.queues,
             word(self.serial, " serial"),
             word(self.small_caches, " small-caches"),
+            word(self.copy_on_read, " copy-on-read"),
+            word(self.throttle_node, " throttle-node"),
+            word(self.ignore_discards, " ignore-discards"),
         )?;
         write!(
             f,
@@ -294,6 +397,29 @@ impl FromStr for Script {
 }
 
 impl Script {
+    /// What it makes use of: its operations, their flags, and the settings that name a feature.
+    pub fn words(&self) -> BTreeSet<&'static str> {
+        let setting = &self.setting;
+        let features = [
+            ("two queues or more", setting.queues > 1),
+            ("backing", setting.backing > 0),
+            ("compressed", setting.compressed > 0),
+            ("lazy", setting.lazy),
+            ("serial", setting.serial),
+            ("copy-on-read", setting.copy_on_read),
+            ("throttle-node", setting.throttle_node),
+            ("ignore-discards", setting.ignore_discards),
+        ];
+        let features = features.into_iter().filter(|(_, has)| *has);
+        let mut words: BTreeSet<_> = features.map(|(word, _)| word).collect();
+        for op in &self.ops {
+            words.insert(op.word());
+            let flags = FLAGS.iter().filter(|(_, flag)| op.flags().contains(*flag));
+            words.extend(flags.map(|(word, _)| *word));
+        }
+        words
+    }
+
     /// Is it one that can be run? Requests lie inside the disk and on its units.
     ///
     /// # Errors
@@ -320,6 +446,16 @@ impl Script {
             {
                 return Err(format!("{op}: not on the units of the disk"));
             }
+            let fits = match *op {
+                // Sectors, so that the format takes it.
+                Op::Shrink { len } => len <= size && whole(len) && len.is_multiple_of(512),
+                Op::Grow { len } => len >= size,
+                Op::Move { queue } => queue < queues,
+                _ => true,
+            };
+            if !fits {
+                return Err(format!("{op}: not with this disk and these queues"));
+            }
         }
         Ok(())
     }
@@ -335,7 +471,19 @@ mod tests {
     fn text_is_read_back() {
         for seed in 0..100 {
             let mut script = Params::draw(seed).script();
-            script.ops.extend([Op::Wait, Op::Reopen, Op::Mark]);
+            script
+                .ops
+                .extend([Op::Wait, Op::Reopen, Op::Mark, Op::Drain]);
+            script
+                .ops
+                .extend([Op::DrainAll, Op::Lock, Op::Move { queue: 0 }]);
+            script.ops.push(Op::Shrink { len: 512 });
+            script.ops.push(Op::Throttle { iops: 9, bps: 0 });
+            script.ops.push(Op::Write {
+                offset: 0,
+                len: 512,
+                flags: RequestFlags::all(),
+            });
             let text = script.to_string();
             assert_eq!(text.parse().as_ref(), Ok(&script), "{text}");
         }
@@ -350,6 +498,9 @@ mod tests {
             ("image size=many", "line 1: 'many'"),
             ("image colour=red", "no setting"),
             ("image size=0x1000\nwrite 0x1000 512", "not on the units"),
+            ("discard 0x1000 512 fua", "line 1: no operation"),
+            ("move 1", "not with this disk and these queues"),
+            ("shrink 0x10000000", "not with this disk and these queues"),
         ] {
             let error = text.parse::<Script>().unwrap_err();
             assert!(error.contains(why), "{text}: {error}");

@@ -10,6 +10,7 @@
 //! the hash of everything that happened says so.
 
 use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use coblock::block::drivers::sim::{Fault, LogEntry, Match, Op as DiskOp};
@@ -22,7 +23,7 @@ use super::part::{Figure, Part, Plan, Report};
 use super::play::{Played, Stage, play_with};
 use super::rng::{Rng, mix};
 use super::script::{Op, Script};
-use super::swarm::Params;
+use super::swarm::{self, Params};
 
 /// This part.
 pub const PART: Part = Part {
@@ -36,11 +37,30 @@ pub const PART: Part = Part {
 const SAMPLE: Sample = Sample {
     reference: 97,
     goes_on: 13,
+    repaired: 5,
     per_place: 4,
 };
 
 /// Places of the log at which a seed's power goes.
 const PLACES: u64 = 4;
+
+/// What at least a quarter of the seeds use.
+const WANTED: [&str; 14] = [
+    "two queues or more",
+    "backing",
+    "copy-on-read",
+    "throttle-node",
+    "drain",
+    "drain-all",
+    "lock",
+    "move",
+    "throttle",
+    "shrink",
+    "grow",
+    "fua",
+    "unmap",
+    "faults",
+];
 
 /// What a seed is.
 #[derive(Clone, Debug)]
@@ -94,7 +114,20 @@ pub fn draw(seed: u64) -> Seed {
     }
     let count = if rng.chance(35) { rng.between(1, 3) } else { 0 };
     let faults = (0..count).map(|_| fault(&mut rng)).collect();
+    swarm::add_features(&mut script, &mut Rng::new(seed ^ 0x0ff3_4705));
+    swarm::add_steps(&mut script, &mut Rng::new(seed ^ 0x57e9_5000));
     Seed { script, faults }
+}
+
+impl Seed {
+    /// What it makes use of.
+    pub fn words(&self) -> BTreeSet<&'static str> {
+        let mut words = self.script.words();
+        if !self.faults.is_empty() {
+            words.insert("faults");
+        }
+        words
+    }
 }
 
 fn fault(rng: &mut Rng) -> (DiskOp, u64, i32, u64) {
@@ -267,12 +300,21 @@ pub struct Many {
     pub errors: u64,
     pub cuts: Counted,
     pub audits: u64,
+    /// How many seeds make use of each operation, flag and feature.
+    pub words: BTreeMap<&'static str, u64>,
     pub seconds: f64,
     /// The seed and what was wrong.
     pub failures: Vec<(u64, String)>,
 }
 
 impl Many {
+    /// How many seeds make use of what.
+    pub fn words_line(&self) -> String {
+        let words = self.words.iter();
+        let words: Vec<String> = words.map(|(word, many)| format!("{word} {many}")).collect();
+        format!("seeds that make use of: {}", words.join(", "))
+    }
+
     /// One line.
     pub fn line(&self) -> String {
         format!(
@@ -302,6 +344,9 @@ pub fn many(first: u64, count: u64, twice: u64, jobs: usize) -> Many {
         ..Many::default()
     };
     for (&seed, result) in seeds.iter().zip(results) {
+        for word in draw(seed).words() {
+            *many.words.entry(word).or_default() += 1;
+        }
         match result.and_then(|judged| judged) {
             Ok(outcome) => {
                 many.requests += outcome.requests;
@@ -324,7 +369,15 @@ fn run(plan: &Plan, report: &mut Report) {
     if many.cuts.inflated == 0 {
         report.fail("seeds", "no seed met a compressed cluster");
     }
+    // A quarter of the seeds use each of those that need many queues or change the graph.
+    for word in WANTED {
+        let uses = many.words.get(word).copied().unwrap_or(0);
+        if uses < count / 4 {
+            report.fail("seeds", &format!("only {uses} seeds use '{word}'"));
+        }
+    }
     report.say(many.line());
+    report.say(many.words_line());
     report.say(format!(
         "{} compressed clusters inflated; {} requests failed because the disk did; {} times counts equalled references with requests in flight; 50 seeds ran twice, with the same hash of everything that happened",
         many.cuts.inflated, many.errors, many.audits

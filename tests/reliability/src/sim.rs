@@ -8,6 +8,7 @@ use std::sync::Arc;
 use coblock::aio::sim::{VirtualPool, World};
 use coblock::aio::{AioContext, Clock, ContextOptions, EngineKind, Home, Park, VirtualClock};
 use coblock::block::drivers::sim::SimDisk;
+use coblock::block::throttle::{ThrottleConfig, ThrottleGroup};
 use coblock::block::{DriverRegistry, Graph, Options};
 use coblock::coroutine::Co;
 use coblock::qcow2::CacheSizes;
@@ -75,6 +76,14 @@ impl Simulation {
     /// The contexts.
     pub fn homes(&self) -> Vec<&Home> {
         self.homes.iter().map(|home| &**home).collect()
+    }
+
+    /// A group of limits, none of which is set.
+    pub fn add_limits(&self, name: &str) {
+        let clock = self.homes[0].context().clock();
+        let group = ThrottleGroup::new(name, clock, ThrottleConfig::default());
+        let added = self.graph.add_throttle_group(&group.expect("no limits"));
+        added.expect("the only group of that name");
     }
 
     /// Virtual time so far.

@@ -17,6 +17,30 @@ pub fn header(disk: &SimDisk) -> Header {
     Header::decode(&disk.peek(0, len)).expect("a header")
 }
 
+/// Length of the guest's disk in bytes, as the image on `disk` says.
+pub fn disk_len(disk: &SimDisk) -> u64 {
+    header(disk).geometry.virtual_size()
+}
+
+/// Bytes that new refcounts of our small images need at most; a user does not write past the end.
+const ROOM: u64 = 1 << 20;
+
+/// Makes the refcounts of the image on `disk` anew.
+pub fn repair(session: &Session, disk: &Arc<SimDisk>) -> Result<(), String> {
+    let options = Options::new()
+        .with("driver", "sim")
+        .with_object("disk", disk.clone());
+    let file = session.open(options, &DenyAll).map_err(|e| e.to_string())?;
+    let mut header = header(disk);
+    let room = file.len() + ROOM;
+    let repaired = session.home.run(|co| {
+        file.truncate(co, room, true)?;
+        check::rebuild_refcounts(&ImageFile::of_backend(co, &file), &mut header)
+    });
+    session.close(file);
+    repaired.map(drop).map_err(|e| e.to_string())
+}
+
 /// Corruptions and leaks that our check counts; `Err` when it could not finish.
 pub fn check(session: &Session, disk: &Arc<SimDisk>) -> Result<(u64, u64), String> {
     let options = Options::new()

@@ -4,6 +4,8 @@
 //! one run is nearly all tiny writes on 512-byte clusters, and the next one long reads with no flush
 //! at all. A mean of everything in every run would never fill one queue.
 
+use coblock::block::RequestFlags;
+
 use super::rng::Rng;
 use super::script::{Op, Script, Setting};
 
@@ -173,6 +175,7 @@ impl Params {
             unit: self.unit,
             in_flight: self.in_flight,
             delay_us: 200,
+            ..Setting::default()
         }
     }
 
@@ -191,16 +194,10 @@ impl Params {
         for offset in (0..self.fill.min(self.size)).step_by(piece) {
             let len = usize::try_from(self.size - offset).map_or(piece, |left| left.min(piece));
             let at = usize::try_from(rng.below(script.len() as u64 + 1)).expect("an index");
-            script.insert(at, Op::Write { offset, len });
+            script.insert(at, Op::write(offset, len));
         }
         // Two writes that meet in a new cluster: the second one waits for the first.
-        script.splice(
-            0..0,
-            [Op::Write {
-                offset: 0,
-                len: 1024,
-            }; 2],
-        );
+        script.splice(0..0, [Op::write(0, 1024); 2]);
         script
     }
 
@@ -242,17 +239,105 @@ impl Params {
             return Op::Grow { len };
         }
         if !rng.chance(self.zeros) {
-            return Op::Write { offset, len };
+            return Op::write(offset, len);
         }
         match rng.below(3) {
             0 => Op::Discard { offset, len },
-            way => Op::Zero {
+            1 => Op::Zero {
                 offset,
                 len,
-                unmap: way == 1,
+                flags: RequestFlags::MAY_UNMAP,
+            },
+            _ => Op::Zero {
+                offset,
+                len,
+                flags: RequestFlags::empty(),
             },
         }
     }
+}
+
+/// Draws what the image is opened with, and which flags its requests have.
+pub fn add_features(script: &mut Script, rng: &mut Rng) {
+    let setting = &mut script.setting;
+    setting.copy_on_read = rng.chance(38);
+    setting.throttle_node = rng.chance(36);
+    setting.ignore_discards = rng.chance(36);
+    if setting.copy_on_read && setting.backing == 0 && rng.chance(80) {
+        setting.backing = setting.size;
+    }
+    let flags = [
+        RequestFlags::FUA,
+        RequestFlags::MAY_UNMAP,
+        RequestFlags::NO_FALLBACK,
+        RequestFlags::SERIALISING,
+    ];
+    for flag in flags {
+        if !rng.chance(45) {
+            continue;
+        }
+        for op in &mut script.ops {
+            match op {
+                Op::Write { flags, .. }
+                    if flag == RequestFlags::FUA || flag == RequestFlags::SERIALISING =>
+                {
+                    flags.set(flag, rng.chance(20));
+                }
+                Op::Zero { flags, .. } if rng.chance(30) => *flags |= flag,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Strews steps of other kinds between the requests: each kind in about two scripts of five.
+pub fn add_steps(script: &mut Script, rng: &mut Rng) {
+    let Setting {
+        version,
+        size,
+        backing,
+        unit,
+        queues,
+        ..
+    } = script.setting;
+    let mut strew = |most: u64, draw: &dyn Fn(&mut Rng) -> Vec<Op>| {
+        if !rng.chance(40) {
+            return;
+        }
+        for _ in 0..rng.between(1, most) {
+            let mut at = rng.below(script.ops.len() as u64 + 1);
+            for op in draw(rng) {
+                let index = usize::try_from(at).expect("an index");
+                script.ops.insert(index, op);
+                at = rng.between(at + 1, (at + 20).min(script.ops.len() as u64));
+            }
+        }
+    };
+    strew(4, &|_| vec![Op::Drain]);
+    strew(2, &|_| vec![Op::DrainAll]);
+    strew(3, &|_| vec![Op::Lock]);
+    strew(9, &|rng| {
+        let queue = rng.below(queues as u64);
+        let queue = usize::try_from(queue).expect("few");
+        vec![Op::Move { queue }]
+    });
+    strew(3, &|rng| {
+        // Slow enough to queue up, fast enough for a minute of virtual time.
+        let iops = rng.pick(&[0, 200, 2_000]);
+        let bps = rng.pick(&[0, 4 << 20, 64 << 20]);
+        let off = Op::Throttle { iops: 0, bps: 0 };
+        vec![Op::Throttle { iops, bps }, off]
+    });
+    // Version 2 has no zeros that would hide the backing file.
+    if version == 2 && backing > 0 {
+        return;
+    }
+    strew(2, &|rng| {
+        let step = unit.max(512) as u64;
+        let len = rng.between(size / step / 4, size / step) * step;
+        let longer = size + rng.below(3) * (64 << 10);
+        vec![Op::Shrink { len }, Op::Grow { len: longer }]
+    });
 }
 
 #[cfg(test)]
@@ -263,8 +348,11 @@ mod tests {
     #[test]
     fn scripts_are_legal_and_repeat() {
         for seed in 0..300 {
-            let script = Params::draw(seed).script();
+            let mut script = Params::draw(seed).script();
             assert_eq!(script, Params::draw(seed).script());
+            script.setting.queues = 3;
+            add_features(&mut script, &mut Rng::new(seed));
+            add_steps(&mut script, &mut Rng::new(seed));
             script
                 .judge()
                 .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
