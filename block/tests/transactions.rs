@@ -636,3 +636,45 @@ fn a_callback_of_a_section_does_not_call_the_graph() {
     // The graph is poisoned: whoever uses it next is told, and nothing of it is used again.
     std::mem::forget((backend, other, world));
 }
+
+/// Steps see what those before them did: two filters come above one node in one transaction, and what
+/// was closed meanwhile is an error.
+#[test]
+fn rule_8_2_steps_build_on_each_other() {
+    let world = world();
+    let (_, backend) = disk(&world, "disk");
+    let (one, _) = filter(&world, "one", "disk");
+    let (two, _) = filter(&world, "two", "disk");
+    run(&world, |t| t.insert(&one).insert(&two)).unwrap();
+    let below = |node: &Arc<Node>| {
+        let read = || {
+            world
+                .graph
+                .read_in_main(|main| node.children(main)[0].node(main).name().to_owned())
+        };
+        world.home.with(read)
+    };
+    assert!(Arc::ptr_eq(&backend.node(), &two));
+    assert_eq!(
+        (below(&two), below(&one)),
+        ("one".to_owned(), "disk".to_owned())
+    );
+    write(&world, &backend, 4);
+    run(&world, |t| t.remove(&one).remove(&two)).unwrap();
+    drop((one, two));
+    assert_eq!(world.graph.node_names(), ["disk"]);
+    assert_eq!(read(&world, &backend), 4);
+
+    let (top, _) = filter(&world, "filter", "disk");
+    let (_, other) = disk(&world, "other");
+    let gone = BlockBackend::new(&world.graph, other.node());
+    let mut transaction = Transaction::new(&world.graph);
+    transaction.set_node(&gone, &top);
+    world.run(|co| gone.close(co)).unwrap();
+    let error = world.run(|co| transaction.run(co)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+    world.run(|co| close_unused(co, &world.graph, top)).unwrap();
+    world.run(|co| other.close(co)).unwrap();
+    drop((gone, other, transaction));
+    end(world, backend);
+}

@@ -80,19 +80,19 @@ impl Future {
     }
 
     /// Users of `node`, the newest first.
-    fn users(&self, node: &Arc<Node>) -> Vec<Arc<dyn Parent>> {
-        let coming = self.coming.get(&key(node)).cloned().unwrap_or_default();
-        let mut users = coming;
+    pub(crate) fn users(&self, node: &Arc<Node>) -> Vec<Arc<dyn Parent>> {
         let now = node.users_now();
         self.users_seen.borrow_mut().extend(now.iter().cloned());
-        let stays = |user: &Arc<dyn Parent>| {
-            let owner_stays = self
-                .owner(user)
-                .is_none_or(|owner| !self.removed.contains(&key(&owner)));
-            !self.moves.contains_key(&key(user)) && owner_stays
+        let coming = self.coming.get(&key(node)).into_iter().flatten();
+        let staying = now
+            .iter()
+            .rev()
+            .filter(|user| !self.moves.contains_key(&key(user)));
+        let owner_stays = |user: &&Arc<dyn Parent>| {
+            let owner = self.owner(user);
+            owner.is_none_or(|owner| !self.removed.contains(&key(&owner)))
         };
-        users.extend(now.into_iter().rev().filter(stays));
-        users
+        coming.chain(staying).filter(owner_stays).cloned().collect()
     }
 
     fn owner(&self, user: &Arc<dyn Parent>) -> Option<Arc<Node>> {

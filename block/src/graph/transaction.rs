@@ -27,6 +27,7 @@ use crate::types::ChildRole;
 use coblock_coroutine::{Co, Hold, ThreadLock};
 use commit::commit;
 use reopen::Reopening;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,10 +58,14 @@ pub trait Action: Send {
     }
 }
 
-/// One wish.
+/// One wish. What it means is found out when it happens: other transactions come before.
 enum Step {
     /// All users of the one go to the other, but those that stand below it.
     Users { from: Arc<Node>, to: Arc<Node> },
+    /// One comes above the node that it stands on.
+    Above(Arc<Node>),
+    /// A filter goes.
+    Out(Arc<Node>),
     /// One user.
     User {
         user: Arc<dyn Parent>,
@@ -68,6 +73,29 @@ enum Step {
     },
     /// Other options.
     Reopen { node: Arc<Node>, to: Reopen },
+}
+
+impl Step {
+    /// Nodes that it is about, and of these the one whose users may change.
+    fn nodes(&self) -> (Vec<Arc<Node>>, Arc<Node>) {
+        let now = |edge: Option<&Arc<Child>>| edge.expect("it was looked at before").below();
+        match self {
+            Step::Users { from, to } => (vec![from.clone(), to.clone()], from.clone()),
+            Step::Above(node) => {
+                let below = now(stands_on(node));
+                (vec![below.clone(), node.clone()], below)
+            }
+            Step::Out(filter) => {
+                let below = now(edge_of(filter, ChildRole::Filtered));
+                (vec![filter.clone(), below], filter.clone())
+            }
+            Step::User { user, to } => {
+                let from = user.end().now();
+                (vec![from.clone(), to.clone()], from)
+            }
+            Step::Reopen { node, .. } => (vec![node.clone()], node.clone()),
+        }
+    }
 }
 
 /// Changes of one graph that happen together or not at all (rule 8.2).
@@ -114,8 +142,6 @@ impl Transaction {
     /// All users of `from` get `to` instead; not those that are `to` itself or stand below it. If
     /// nobody uses `from` then, it is closed. Keep it with a [`BlockBackend`] that holds nothing.
     pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>) -> &mut Self {
-        self.touch(from);
-        self.touch(to);
         self.steps.push(Step::Users {
             from: from.clone(),
             to: to.clone(),
@@ -132,13 +158,13 @@ impl Transaction {
     /// When `above` has neither.
     #[track_caller]
     pub fn insert(&mut self, above: &Arc<Node>) -> &mut Self {
-        let below = stands_on(above).unwrap_or_else(|| {
-            panic!(
-                "node '{}' neither filters another node nor has a backing file",
-                above.name()
-            )
-        });
-        self.replace(&below, above)
+        assert!(
+            stands_on(above).is_some(),
+            "node '{}' neither filters another node nor has a backing file",
+            above.name()
+        );
+        self.steps.push(Step::Above(above.clone()));
+        self
     }
 
     /// Takes a filter out: its users get the node that it filters, and it is closed.
@@ -147,10 +173,13 @@ impl Transaction {
     /// When `filter` is none.
     #[track_caller]
     pub fn remove(&mut self, filter: &Arc<Node>) -> &mut Self {
-        let below = edge_of(filter, ChildRole::Filtered)
-            .unwrap_or_else(|| panic!("node '{}' is no filter", filter.name()))
-            .below();
-        self.replace(filter, &below)
+        assert!(
+            edge_of(filter, ChildRole::Filtered).is_some(),
+            "node '{}' is no filter",
+            filter.name()
+        );
+        self.steps.push(Step::Out(filter.clone()));
+        self
     }
 
     /// One edge gets another node.
@@ -164,8 +193,6 @@ impl Transaction {
     }
 
     fn user(&mut self, user: Arc<dyn Parent>, to: &Arc<Node>) -> &mut Self {
-        self.touch(&user.end().now());
-        self.touch(to);
         self.steps.push(Step::User {
             user,
             to: to.clone(),
@@ -175,7 +202,6 @@ impl Transaction {
 
     /// `node` gets other options while it stays open.
     pub fn reopen(&mut self, node: &Arc<Node>, to: Reopen) -> &mut Self {
-        self.touch(node);
         self.steps.push(Step::Reopen {
             node: node.clone(),
             to,
@@ -187,17 +213,9 @@ impl Transaction {
 
     /// Something else that happens with it, with `nodes` drained.
     pub fn action(&mut self, nodes: &[Arc<Node>], action: Box<dyn Action>) -> &mut Self {
-        for node in nodes {
-            self.touch(node);
-        }
+        self.touched.extend(nodes.iter().cloned());
         self.actions.push(action);
         self
-    }
-
-    fn touch(&mut self, node: &Arc<Node>) {
-        if !self.touched.iter().any(|known| Arc::ptr_eq(known, node)) {
-            self.touched.push(node.clone());
-        }
     }
 
     /// Makes all the changes. From a coroutine of any context; suspends. Transactions of one graph
@@ -297,8 +315,18 @@ impl Transaction {
 
     /// Every touched node, and what they write is on stable storage where a node may be closed.
     fn drain(&self, co: &Co) -> Result<Vec<Drained>> {
+        let mut touched: Vec<Arc<Node>> = Vec::new();
+        let mut left = Vec::new();
+        for step in &self.steps {
+            let (nodes, from) = step.nodes();
+            touched.extend(nodes);
+            left.push(from);
+        }
+        touched.extend(self.touched.iter().cloned());
+        let mut seen = BTreeSet::new();
+        touched.retain(|node| seen.insert(Arc::as_ptr(node).addr()));
         let mut sections = Vec::new();
-        for node in &self.touched {
+        for node in &touched {
             if node.requests().is_closed() {
                 return Err(node.closed());
             }
@@ -310,13 +338,8 @@ impl Transaction {
                 })?,
             });
         }
-        for step in &self.steps {
-            let from = match step {
-                Step::Users { from, .. } => from.clone(),
-                Step::User { user, .. } => user.end().now(),
-                Step::Reopen { node, .. } => node.clone(),
-            };
-            from.flush(co, &self.graph.read(co))?;
+        for node in left {
+            node.flush(co, &self.graph.read(co))?;
         }
         Ok(sections)
     }
@@ -358,9 +381,10 @@ impl Transaction {
 
 impl fmt::Debug for Transaction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let touched: Vec<_> = self.touched.iter().map(|node| node.name()).collect();
+        let nodes = self.steps.iter().flat_map(|step| step.nodes().0);
+        let names: Vec<_> = nodes.map(|node| node.name().to_owned()).collect();
         f.debug_struct("Transaction")
-            .field("touched", &touched)
+            .field("nodes", &names)
             .field("actions", &self.actions.len())
             .finish_non_exhaustive()
     }
@@ -370,9 +394,8 @@ fn edge_of(node: &Arc<Node>, role: ChildRole) -> Option<&Arc<Child>> {
     node.edges().iter().find(|edge| edge.role() == role)
 }
 
-fn stands_on(node: &Arc<Node>) -> Option<Arc<Node>> {
-    let edge = edge_of(node, ChildRole::Filtered).or_else(|| edge_of(node, ChildRole::Backing))?;
-    Some(edge.below())
+fn stands_on(node: &Arc<Node>) -> Option<&Arc<Child>> {
+    edge_of(node, ChildRole::Filtered).or_else(|| edge_of(node, ChildRole::Backing))
 }
 
 /// Calls `f` in the main home, outside of coroutines.

@@ -1,6 +1,6 @@
 //! The part of a transaction that happens with the graph locked: everything, or nothing.
 
-use super::{Action, Step};
+use super::{Action, Step, edge_of, stands_on};
 use crate::drain::{Parent, Section};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphWrite;
@@ -21,13 +21,18 @@ pub(super) fn commit(
         let mut future = Future::default();
         for step in steps {
             match step {
-                Step::Users { from, to } => {
-                    for user in from.users_now() {
-                        section.parents.push(user.clone());
-                        if !stands_at_or_below(&*user, to, section) {
-                            future.lead(user, to.clone());
-                        }
-                    }
+                Step::Users { from, to } => lead_users(&mut future, from, to, section),
+                Step::Above(node) => {
+                    let edge = stands_on(node).expect("it was looked at before");
+                    let below = future.below(edge);
+                    lead_users(&mut future, &below, node, section);
+                    section.nodes.push(below);
+                }
+                Step::Out(filter) => {
+                    let edge = edge_of(filter, ChildRole::Filtered);
+                    let below = future.below(edge.expect("it was looked at before"));
+                    lead_users(&mut future, filter, &below, section);
+                    section.nodes.push(below);
                 }
                 Step::User { user, to } => future.lead(user.clone(), to.clone()),
                 Step::Reopen { node, to } => {
@@ -48,13 +53,22 @@ pub(super) fn commit(
     Ok(unused)
 }
 
+/// All users of `from` go to `to`, but those that stand below it.
+fn lead_users(future: &mut Future, from: &Arc<Node>, to: &Arc<Node>, section: &mut Section<'_>) {
+    for user in future.users(from) {
+        if !stands_at_or_below(future, &*user, to, section) {
+            future.lead(user, to.clone());
+        }
+    }
+}
+
 fn move_all(
     write: &mut GraphWrite<'_>,
     future: &Future,
     section: &mut Section<'_>,
 ) -> Result<Vec<Arc<Node>>> {
     for (user, to) in future.moves() {
-        refuse_unfit(&**user, to)?;
+        refuse_unfit(user, to, section)?;
     }
     let permissions = future.prepare()?;
     // From here on nothing fails.
@@ -96,7 +110,12 @@ fn move_user(
 }
 
 /// Does the user belong to `top`, or to a node that `top` stands on?
-fn stands_at_or_below(user: &dyn Parent, top: &Arc<Node>, section: &mut Section<'_>) -> bool {
+fn stands_at_or_below(
+    future: &Future,
+    user: &dyn Parent,
+    top: &Arc<Node>,
+    section: &mut Section<'_>,
+) -> bool {
     let Some(owner) = user.owner() else {
         return false;
     };
@@ -109,17 +128,23 @@ fn stands_at_or_below(user: &dyn Parent, top: &Arc<Node>, section: &mut Section<
             return true;
         }
         if seen.insert(Arc::as_ptr(&node).addr()) {
-            look.extend(node.edges().iter().map(|edge| edge.below()));
+            look.extend(node.edges().iter().map(|edge| future.below(edge)));
         }
     }
     false
 }
 
-fn refuse_unfit(user: &dyn Parent, to: &Arc<Node>) -> Result<()> {
+fn refuse_unfit(user: &Arc<dyn Parent>, to: &Arc<Node>, section: &mut Section<'_>) -> Result<()> {
+    let from = user.end().now();
+    // Closed since the transaction was made.
+    let users = from.parents(section);
+    if !users.iter().any(|other| Arc::ptr_eq(other, user)) {
+        return Err(from.closed());
+    }
     if to.requests().is_closed() {
         return Err(to.closed());
     }
-    let (now, then) = (user.end().now().len(), to.len());
+    let (now, then) = (from.len(), to.len());
     if user.role() == Some(ChildRole::Filtered) && now != then {
         let message = format!(
             "{} filters {now} bytes and cannot get node '{}' of {then} bytes",
