@@ -11,13 +11,15 @@
 //!
 //! A lookup that hits takes no lock, holds nothing and writes nothing but one recency bit, only
 //! where it is clear. Everything else happens under one short thread lock: who has which slot, who
-//! loads, pins, what is dirty. The victim is found by second chance; dirty, pinned, loading slots
-//! and slots on their way to the disk are none, and who finds no victim waits. What to write when,
-//! and after what, is the business of `writeback.rs`.
+//! loads, pins, what is dirty. `replace.rs` finds the victim; dirty, pinned, loading slots and slots
+//! on their way to the disk are none, and who finds no victim waits. What to write when, and after
+//! what, is the business of `writeback.rs`.
+
+mod replace;
 
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicBool, AtomicU64, fence};
+use std::sync::atomic::{AtomicU64, fence};
 
 use coblock_aio::{AlignedBuf, AtomicWords};
 use coblock_block::Result;
@@ -28,6 +30,7 @@ use crate::image::buffer;
 use crate::lazy::LazyWords;
 use crate::spec;
 use crate::types::HostOffset;
+use replace::Recency;
 
 /// Bytes in a slice unless told otherwise: what a device reads at the price of one sector.
 pub(crate) const SLICE_BYTES_DEFAULT: u64 = 4096;
@@ -39,6 +42,8 @@ const SLICE_BYTES_MAX: u64 = 1 << spec::CLUSTER_BITS_MAX;
 pub(crate) const SLOTS_MIN: usize = 2;
 /// Most bytes of buffers kept for the next reads.
 const SPARE_BYTES_MAX: usize = 256 << 10;
+/// Bytes for slices that are mapped together.
+const AT_ONCE_BYTES: u64 = 64 << 10;
 /// Queues for those who wait for a slice that somebody else reads; slots share them.
 const LOAD_QUEUES: usize = 64;
 
@@ -63,8 +68,8 @@ pub(crate) struct SliceCache {
 struct Slot {
     /// Allocated at first use, so that a large limit costs nothing on a small image.
     words: OnceLock<AtomicWords>,
-    /// Set by a hit, cleared by the hand that looks for a victim.
-    used: AtomicBool,
+    /// What a hit leaves behind.
+    used: Recency,
 }
 
 #[derive(Default)]
@@ -72,7 +77,10 @@ struct State {
     slots: Vec<SlotState>,
     /// Slots that were used at least once; the rest is free and has no state to look at.
     touched: usize,
+    /// Where the search for a victim goes on.
     hand: usize,
+    /// Victims that were looked for: whose turn it is among those on trial.
+    turn: usize,
     /// Slots that are being read: few, so a search through them costs less than an index.
     loading: Vec<usize>,
     /// How many slots are dirty or on their way to the file.
@@ -80,6 +88,8 @@ struct State {
     /// What slices were read into, for the next reads: on an image far larger than the cache every
     /// request needs one, and pages that come and go cost as much as the look-up.
     spare: Vec<AlignedBuf>,
+    /// For slots that are used for the first time.
+    spare_words: Vec<AtomicWords>,
 }
 
 /// What a slot is doing. All under the lock of [`SliceCache::state`].
@@ -141,7 +151,7 @@ impl SliceCache {
             slots: (0..slots)
                 .map(|_| Slot {
                     words: OnceLock::new(),
-                    used: AtomicBool::new(false),
+                    used: Recency::new(),
                 })
                 .collect(),
             state: ThreadLock::new(State::default()),
@@ -197,6 +207,15 @@ impl SliceCache {
         }
     }
 
+    /// Memory for a slot that is used for the first time.
+    fn take_words(&self, spare: &mut Vec<AtomicWords>) -> AtomicWords {
+        if spare.is_empty() {
+            let count = in_memory(AT_ONCE_BYTES / self.slice_bytes()).clamp(1, self.slots.len());
+            spare.extend(AtomicWords::several(count, self.words()));
+        }
+        spare.pop().expect("made just now")
+    }
+
     /// Slices that had to be read so far.
     pub fn misses(&self) -> u64 {
         self.misses.load(Relaxed)
@@ -217,7 +236,7 @@ impl SliceCache {
     pub fn clean_unused(&self) {
         let mut state = self.state.lock();
         for slot in 0..state.touched {
-            if !state.slots[slot].evictable() || self.slots[slot].used.swap(false, Relaxed) {
+            if !state.slots[slot].evictable() || self.slots[slot].used.outlives_cleaning() {
                 continue;
             }
             let Some(slice) = state.slots[slot].slice.take() else {
@@ -246,9 +265,7 @@ impl SliceCache {
         if entry.load(Relaxed) != before {
             return None;
         }
-        if !slot.used.load(Relaxed) {
-            slot.used.store(true, Relaxed);
-        }
+        slot.used.look();
         Some(result)
     }
 
@@ -260,7 +277,7 @@ impl SliceCache {
             let its = &mut state.slots[slot];
             assert_eq!(its.slice, Some(slice), "directory against state");
             its.pins += 1;
-            self.slots[slot].used.store(true, Relaxed);
+            self.slots[slot].used.look();
             return Reserved::Ready(Pin { cache: self, slot });
         }
         // A load in progress is not in the directory.
@@ -301,35 +318,6 @@ impl SliceCache {
     fn find(&self, slice: u64) -> Option<usize> {
         let entry = self.directory.get(slice)?.load(Relaxed);
         slot_of(entry)
-    }
-
-    /// A slot that may be reused, out of the directory. Second chance: two rounds of the hand at
-    /// most.
-    fn victim(&self, state: &mut State) -> Option<usize> {
-        if state.touched < self.slots.len() {
-            let slot = state.touched;
-            state.touched += 1;
-            state.slots.push(SlotState::default());
-            return Some(slot);
-        }
-        for _ in 0..2 * state.touched {
-            let slot = state.hand;
-            state.hand = (state.hand + 1) % state.touched;
-            if !state.slots[slot].evictable() {
-                continue;
-            }
-            if self.slots[slot].used.swap(false, Relaxed) {
-                continue;
-            }
-            if let Some(slice) = state.slots[slot].slice {
-                if !mutant!("an evicted slice stays in the directory") {
-                    self.forget(slice);
-                }
-                self.evictions.fetch_add(1, Relaxed);
-            }
-            return Some(slot);
-        }
-        None
     }
 
     /// Takes `slice` out of the directory. Words may be overwritten afterwards: whoever still reads
@@ -487,16 +475,17 @@ impl<'a> Load<'a> {
     pub fn publish(mut self, bytes: &[u8], in_place: impl FnOnce() -> bool) -> Option<Pin<'a>> {
         let cache = self.cache;
         assert_eq!(bytes.len(), cache.words() * 8);
-        let mut state = cache.state.lock();
+        let mut guard = cache.state.lock();
+        let state = &mut *guard;
         let its = &mut state.slots[self.slot];
         assert!(its.loading && its.pins == 1, "published once");
         if !in_place() {
-            drop(state);
+            drop(guard);
             return None;
         }
         let words = cache.slots[self.slot]
             .words
-            .get_or_init(|| AtomicWords::new(cache.words()));
+            .get_or_init(|| cache.take_words(&mut state.spare_words));
         for (word, raw) in words.iter().zip(bytes.chunks_exact(8)) {
             word.store(raw_word(raw), Relaxed);
         }
@@ -504,10 +493,10 @@ impl<'a> Load<'a> {
         let slice = its.slice.expect("a loading slot has a slice");
         let entry = u64::from(its.generation) << 32 | (self.slot as u64 + 1);
         state.loading.retain(|&slot| slot != self.slot);
-        cache.slots[self.slot].used.store(true, Relaxed);
+        cache.slots[self.slot].used.begin();
         cache.directory.ensure(slice).store(entry, Release);
         self.done = true;
-        drop(state);
+        drop(guard);
         if !mutant!("a load wakes nobody") {
             cache.loaded(self.slot).wake_all();
         }
