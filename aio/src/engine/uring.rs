@@ -22,6 +22,7 @@
 //!   enters the kernel (`DEFER_TASKRUN`, else `COOP_TASKRUN`, each with `TASKRUN_FLAG`, so that a
 //!   poll that does not wait sees that it must enter).
 
+mod files;
 mod requests;
 
 pub(crate) use requests::{fallocate, poll, read, read_cached, sync, write};
@@ -35,8 +36,9 @@ use crate::notifier::EventNotifier;
 use crate::sys::event::Epoll;
 use crate::sys::file::read_at_nowait;
 use crate::sys::pending::Pending;
+use files::Files;
 use io_uring::cqueue::Entry as Done;
-use io_uring::squeue::Entry;
+use io_uring::squeue::{Entry, Flags};
 use io_uring::types::{Fd, Timespec};
 use io_uring::{IoUring, opcode};
 use std::cell::{Cell, RefCell};
@@ -44,6 +46,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// User data of the poll of the epoll set; no IoWait has this address.
@@ -68,8 +71,9 @@ struct WaitArgs {
 /// first to the last.
 const PAUSES: std::ops::RangeInclusive<u32> = 16..=4096;
 
-/// `IORING_REGISTER_RING_FDS` and `IORING_ENTER_REGISTERED_RING` of linux/io_uring.h.
+/// `IORING_REGISTER_RING_FDS`, its counterpart, and `IORING_ENTER_REGISTERED_RING` of linux/io_uring.h.
 const REGISTER_RING_FDS: libc::c_uint = 20;
+const UNREGISTER_RING_FDS: libc::c_uint = 21;
 const REGISTERED_RING: libc::c_uint = 1 << 4;
 /// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`.
 const GETEVENTS: libc::c_uint = 1;
@@ -77,10 +81,15 @@ const EXT_ARG: libc::c_uint = 1 << 3;
 
 const SYS_ENTER: libc::c_long = libc::SYS_io_uring_enter;
 
+/// What the next ring is called, see [`Uring::id`].
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
 /// A read that is held back, because it may be alone.
 #[derive(Clone, Copy)]
 struct Held {
     fd: RawFd,
+    /// What its entry calls the file.
+    target: (Fd, Flags),
     base: *mut u8,
     len: u32,
     offset: u64,
@@ -90,14 +99,19 @@ struct Held {
 
 impl Held {
     fn entry(&self) -> Entry {
-        let read = opcode::Read::new(Fd(self.fd), self.base, self.len);
-        read.offset(self.offset).build().user_data(self.data)
+        let (file, flags) = self.target;
+        let read = opcode::Read::new(file, self.base, self.len);
+        let entry = read.offset(self.offset).build();
+        entry.flags(flags).user_data(self.data)
     }
 }
 
 /// The ring of one home.
 pub(crate) struct Uring {
+    /// A number that no other ring of this process has or had.
+    id: u64,
     ring: RefCell<IoUring>,
+    files: Files,
     /// What `io_uring_enter` calls it: an index if it could be registered, else the descriptor.
     enter_fd: libc::c_int,
     enter_flags: libc::c_uint,
@@ -176,7 +190,9 @@ impl Uring {
             None => (ring.as_raw_fd(), 0),
         };
         Ok(Uring {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             ring: RefCell::new(ring),
+            files: Files::default(),
             enter_fd,
             enter_flags,
             held: Cell::new(None),
@@ -560,33 +576,53 @@ impl Uring {
     }
 }
 
+impl Drop for Uring {
+    /// The thread's table would keep the ring, and with it all registered files, until the thread
+    /// ends.
+    fn drop(&mut self) {
+        if self.enter_flags & REGISTERED_RING != 0
+            && let Ok(index) = u32::try_from(self.enter_fd)
+        {
+            let ring = self.ring.get_mut().as_raw_fd();
+            if !update_ring_fd(ring, UNREGISTER_RING_FDS, &mut RingFd::new(index, 0)) {
+                log::warn!("a ring stays until its thread ends");
+            }
+        }
+    }
+}
+
+/// `struct io_uring_rsrc_update` of linux/io_uring.h.
+#[repr(C)]
+struct RingFd {
+    index: u32,
+    reserved: u32,
+    fd: u64,
+}
+
+impl RingFd {
+    fn new(index: u32, fd: u64) -> Self {
+        RingFd {
+            index,
+            reserved: 0,
+            fd,
+        }
+    }
+}
+
 /// The descriptor's index in the table of this thread; `None`: older than Linux 5.18.
 fn register_ring_fd(fd: RawFd) -> Option<libc::c_int> {
-    /// `struct io_uring_rsrc_update`: `offset` becomes the index.
-    #[repr(C)]
-    struct Update {
-        offset: u32,
-        reserved: u32,
-        data: u64,
-    }
-    let mut update = Update {
-        offset: u32::MAX,
-        reserved: 0,
-        data: u64::try_from(fd).ok()?,
-    };
-    let argument = &raw mut update;
+    // The kernel finds an index by itself.
+    let mut update = RingFd::new(u32::MAX, u64::try_from(fd).ok()?);
+    update_ring_fd(fd, REGISTER_RING_FDS, &mut update)
+        .then(|| libc::c_int::try_from(update.index).ok())
+        .flatten()
+}
+
+/// Changes one place of the thread's table of rings; tells whether the kernel did it.
+fn update_ring_fd(ring: RawFd, call: libc::c_uint, update: &mut RingFd) -> bool {
+    let argument = ptr::from_mut(update);
     // SAFETY: one `io_uring_rsrc_update` that lives through the call; the descriptor is a ring of
     // ours.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_io_uring_register,
-            fd,
-            REGISTER_RING_FDS,
-            argument,
-            1,
-        )
-    };
-    (done == 1)
-        .then(|| libc::c_int::try_from(update.offset).ok())
-        .flatten()
+    let done = unsafe { libc::syscall(libc::SYS_io_uring_register, ring, call, argument, 1) };
+    done == 1
 }
