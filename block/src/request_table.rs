@@ -654,6 +654,13 @@ impl Tracked<'_> {
         self.wait_for_conflicts(co);
     }
 
+    #[cold]
+    fn end_serialising(&self) {
+        if self.place().len_kind.load(Ordering::Relaxed) & SERIALISING != 0 {
+            self.table.special.lower();
+        }
+    }
+
     /// Waits for overlapping requests where either side serialises. A request that does not
     /// serialise calls it when the table is not plain, before it does anything else.
     #[cold]
@@ -726,8 +733,9 @@ impl Drop for Turn<'_> {
 impl Drop for Tracked<'_> {
     #[inline]
     fn drop(&mut self) {
-        if self.place().len_kind.load(Ordering::Relaxed) & SERIALISING != 0 {
-            self.table.special.lower();
+        // While it serialises, the table is not plain.
+        if !self.table.is_plain() {
+            self.end_serialising();
         }
         if self.chunk.live.is_full() {
             self.table.has_room(self.chunk);

@@ -364,12 +364,13 @@ impl Control {
             let control = ptr::from_ref(self).cast::<i8>();
             // SAFETY: a prefetch reads nothing, whatever the address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(control) };
+            let lines = control.addr().saturating_sub(low.addr()).min(MOST) / LINE + 3;
             // The frames of the switch itself lie below `low`.
-            let bytes = control.addr().saturating_sub(low.addr()).min(MOST);
-            for at in (0..bytes + 3 * LINE).step_by(LINE) {
-                let line = low.wrapping_sub(2 * LINE).wrapping_add(at);
+            let mut line = low.wrapping_sub(2 * LINE);
+            for _ in 0..lines {
                 // SAFETY: as above.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+                line = line.wrapping_add(LINE);
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
