@@ -237,7 +237,6 @@ impl Chooser {
 
     /// Half of the requests go to a small part of the image, where they meet.
     fn choose_mixed(&mut self, ledger: Option<&Ledger>) -> Option<Request> {
-        const HOT_SHARE: usize = 64;
         let kind = match self.numbers.below(100) {
             0..2 => Kind::Flush,
             2..17 => Kind::Discard,
@@ -245,7 +244,7 @@ impl Chooser {
             _ => Kind::Read,
         };
         let range = match self.numbers.below(2) {
-            0 => (self.blocks / HOT_SHARE).max(self.most),
+            0 => (8 * self.most).min(self.blocks),
             _ => self.blocks,
         };
         let mut first = self.below(range);

@@ -68,6 +68,12 @@ pub struct Programs {
 }
 
 impl Programs {
+    /// Ours.
+    pub fn coblock(&self) -> &Path {
+        // It comes first.
+        &self.found[0].1
+    }
+
     /// Builds ours, unless `coblock` names it, and each of `peers`.
     ///
     /// # Errors

@@ -9,6 +9,7 @@
 //!   measure   rounds in rotating order
 //!   figures   medians, ratios within a round, verdicts
 //!   table, chart, record     what comes out
+//!   queues    two queues beside one: a run of its own
 //! ```
 //!
 //! All programs send the same requests to the same image (for writes: to a copy each), round by
@@ -22,6 +23,7 @@ mod figures;
 mod images;
 mod measure;
 mod options;
+mod queues;
 mod record;
 mod rows;
 mod table;
@@ -35,6 +37,7 @@ use engines::Programs;
 use images::Images;
 use measure::{Bench, Measured};
 use options::{Options, USAGE};
+use queues::Queues;
 use record::Part;
 
 use crate::Outcome;
@@ -62,6 +65,9 @@ pub fn run(words: &[String]) -> Outcome {
     let programs = Programs::build(options.coblock.as_deref(), &options.peers)?;
     let heading = heading(&options, &programs);
     println!("{heading}\n");
+    if options.queues {
+        return run_queues(&options, &programs, &heading);
+    }
     let bench = Bench {
         programs,
         images: Images::new(&options.dir, options.size)?,
@@ -89,6 +95,28 @@ pub fn run(words: &[String]) -> Outcome {
     if options.record {
         let part = if options.sweep { &SWEEPS } else { &REQUESTS };
         record::record(part, &heading, &measured, &report)?;
+        println!("Recorded in docs/benchmarks.md.");
+    }
+    Ok(())
+}
+
+/// Two queues beside one.
+fn run_queues(options: &Options, programs: &Programs, heading: &str) -> Outcome {
+    let queues = Queues {
+        coblock: programs.coblock(),
+        dir: &options.dir,
+        size: options.size,
+        rounds: options.rounds,
+    };
+    let (table, mut report) = queues.measure()?;
+    println!("{table}");
+    report["measured"] = heading.into();
+    let text = serde_json::to_string_pretty(&report).expect("numbers and text serialise") + "\n";
+    fs::write(&options.json, &text).map_err(|e| format!("{}: {e}", options.json.display()))?;
+    println!("Figures in {}.", options.json.display());
+    if options.record {
+        record::write("benchmarks-queues.json", &text)?;
+        record::put("queues", &format!("{heading}\n\n{table}"))?;
         println!("Recorded in docs/benchmarks.md.");
     }
     Ok(())

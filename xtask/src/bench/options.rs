@@ -10,13 +10,14 @@ Usage: cargo xtask bench [OPTIONS]
 
   --quick         the eight cells of cached and direct reads and overwrites, without peers
   --sweep         size of the image and requests in flight, instead of the rows
+  --queues        two queues beside one, instead of the rows
   --only NAMES    rows whose name contains all words of one of these comma-separated names
   --peers NAMES   which of floor,imago,qcow2-rs are built and measured too (all), or none
   --rounds N      rounds per row (5)
   --scale F       multiplies the number of requests of every row (1.0)
   --size MIB      data in an image, in MiB, a power of two (1024)
   --dir DIR       where the images go; must allow O_DIRECT (a folder under the target folder)
-  --json FILE     where the figures go (bench.json or bench-sweep.json in the target folder)
+  --json FILE     where the figures go (bench*.json in the target folder)
   --record        write docs/benchmarks* too; needs every row
   --coblock FILE  program to measure instead of building it
 ";
@@ -24,6 +25,7 @@ Usage: cargo xtask bench [OPTIONS]
 pub struct Options {
     pub quick: bool,
     pub sweep: bool,
+    pub queues: bool,
     only: Vec<Vec<String>>,
     pub peers: Vec<Engine>,
     pub rounds: usize,
@@ -46,6 +48,7 @@ impl Options {
         let mut options = Options {
             quick: false,
             sweep: false,
+            queues: false,
             only: Vec::new(),
             peers: Engine::PEERS.to_vec(),
             rounds: 5,
@@ -62,6 +65,7 @@ impl Options {
                 "--help" | "-h" => return Ok(None),
                 "--quick" => options.quick = true,
                 "--sweep" => options.sweep = true,
+                "--queues" => options.queues = true,
                 "--record" => options.record = true,
                 option => {
                     let value = words.next().map(String::as_str);
@@ -71,14 +75,14 @@ impl Options {
         }
         options.check()?;
         if options.json.as_os_str().is_empty() {
-            let name = if options.sweep {
-                "bench-sweep.json"
-            } else {
-                "bench.json"
+            let name = match options {
+                _ if options.queues => "bench-queues.json",
+                _ if options.sweep => "bench-sweep.json",
+                _ => "bench.json",
             };
             options.json = target.join(name);
         }
-        if options.quick {
+        if options.quick || options.queues {
             options.peers.clear();
         }
         Ok(Some(options))
@@ -128,8 +132,9 @@ impl Options {
         if !self.size.is_power_of_two() || self.size < 64 << 20 {
             return Err("--size must be a power of two, and at least 64".into());
         }
-        if self.quick && self.sweep {
-            return Err("--quick and --sweep exclude each other".into());
+        let parts = [self.quick, self.sweep, self.queues];
+        if parts.into_iter().filter(|&part| part).count() > 1 {
+            return Err("--quick, --sweep and --queues exclude each other".into());
         }
         if self.record && (self.quick || !self.only.is_empty()) {
             return Err("--record needs every row".into());
@@ -185,6 +190,7 @@ mod tests {
             &["--peers", "floor,somebody"],
             &["--record", "--only", "chain"],
             &["--quick", "--sweep"],
+            &["--queues", "--sweep"],
         ] {
             assert!(parse(words).is_err(), "{words:?}");
         }

@@ -21,26 +21,31 @@ pub struct Part {
 
 /// Writes the files of `part`. `heading` says what was measured, where and how.
 pub fn record(part: &Part, heading: &str, all: &[Measured], report: &Value) -> Outcome {
-    let docs = crate::workspace().join("docs");
-    let write = |name: &str, text: String| {
-        let path = docs.join(name);
-        fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))
-    };
     let name = part.name;
     let json = serde_json::to_string_pretty(report).expect("numbers and text serialise");
-    write(&format!("benchmarks-{name}.json"), json + "\n")?;
+    write(&format!("benchmarks-{name}.json"), &(json + "\n"))?;
     write(
         &format!("benchmarks-{name}-cpu.svg"),
-        chart(part.cpu_title, all, CPU, 3),
+        &chart(part.cpu_title, all, CPU, 3),
     )?;
     write(
         &format!("benchmarks-{name}-rate.svg"),
-        chart(part.rate_title, all, RATE, 0),
+        &chart(part.rate_title, all, RATE, 0),
     )?;
-    let path = docs.join("benchmarks.md");
+    put(name, &format!("{heading}\n\n{}", tables(all)))
+}
+
+/// Writes a file of `docs/`.
+pub fn write(name: &str, text: &str) -> Outcome {
+    let path = crate::workspace().join("docs").join(name);
+    fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// Puts `text` between the marks of the part `name`.
+pub fn put(name: &str, text: &str) -> Outcome {
+    let path = crate::workspace().join("docs/benchmarks.md");
     let page = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-    let page = put_between(&page, name, &format!("{heading}\n\n{}", tables(all)))?;
-    write("benchmarks.md", page)
+    write("benchmarks.md", &put_between(&page, name, text)?)
 }
 
 /// `page` with `text` in place of what stands between its marks named `name`.
@@ -69,12 +74,13 @@ mod tests {
         assert!(put_between(page, "y", "new").is_err());
     }
 
-    /// The page has the marks of both parts.
+    /// The page has the marks of all parts.
     #[test]
     fn the_page_has_its_marks() {
         let page = include_str!("../../../docs/benchmarks.md");
-        for part in [&super::super::REQUESTS, &super::super::SWEEPS] {
-            assert!(put_between(page, part.name, "").is_ok());
+        let parts = [&super::super::REQUESTS, &super::super::SWEEPS].map(|part| part.name);
+        for part in parts.into_iter().chain(["queues"]) {
+            assert!(put_between(page, part, "").is_ok());
         }
     }
 }
