@@ -152,8 +152,9 @@ fn command() -> Command {
                 .long("iodepth")
                 .value_name("N")
                 .value_parser(value_parser!(u32).range(1..=100_000))
+                .default_value_if("backing", "true", "8")
                 .default_value("64")
-                .help("Requests in flight"),
+                .help("Requests in flight, for each queue [8 with --backing]"),
             Arg::new("queues")
                 .long("queues")
                 .value_name("N")
@@ -200,8 +201,9 @@ fn command() -> Command {
                 .long("cache")
                 .value_name("MODE")
                 .value_parser(PossibleValuesParser::new(modes))
+                .default_value_if("backing", "true", "unsafe")
                 .default_value("writeback")
-                .help("Cache mode"),
+                .help("Cache mode [unsafe with --backing: what could be lost is not looked at]"),
             Arg::new("seed")
                 .long("seed")
                 .value_name("N")
@@ -358,6 +360,9 @@ mod tests {
         assert!(parse("coblock bench x --verify").verify);
         let mixed = parse("coblock bench --queues 4 --backing --seconds 60");
         assert_eq!((mixed.rw, mixed.queues), (Pattern::Mixed, Some(4)));
+        assert_eq!((mixed.depth, mixed.cache), (8, Cache::Unsafe));
+        let told = parse("coblock bench --backing --iodepth 64 --cache none");
+        assert_eq!((told.depth, told.cache), (64, Cache::None));
         assert_eq!(mixed.blocks_per_request(), 16);
         assert!(!parse("coblock bench --verify=false").verify);
         assert_eq!(

@@ -110,10 +110,9 @@ impl Image {
                 ("cluster_size", &cluster_size),
             ];
             make(&path, &options)?;
-            // Room for three in four of its tables' slices: some come and go.
-            let tables = size / SMALL_CLUSTER * 8;
-            let cache = (tables * 3 / 4).next_multiple_of(SMALL_CLUSTER);
-            spec.keys.set("l2-cache-size", cache.to_string());
+            // Holes in the file take long, and the metadata mutex is held meanwhile: reuse of freed
+            // clusters, which is what goes wrong, would be rare.
+            spec.keys.set("pass-discard-request", "off");
             backing = Some(ImageSpec::file(&below, format));
         } else {
             make(&path, &[])?;

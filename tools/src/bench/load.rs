@@ -238,9 +238,9 @@ impl Chooser {
     /// Half of the requests go to a small part of the image, where they meet.
     fn choose_mixed(&mut self, ledger: Option<&Ledger>) -> Option<Request> {
         let kind = match self.numbers.below(100) {
-            0..2 => Kind::Flush,
-            2..17 => Kind::Discard,
-            17..60 => Kind::Write,
+            0..4 => Kind::Flush,
+            4..22 => Kind::Discard,
+            22..64 => Kind::Write,
             _ => Kind::Read,
         };
         let range = match self.numbers.below(2) {
