@@ -3,7 +3,7 @@
 //! All times are nanoseconds since some start that never changes within a process.
 
 use crate::context::AioContext;
-use crate::sys::event::{monotonic_coarse_ns, monotonic_ns};
+use crate::sys::event::monotonic_ns;
 use coblock_coroutine::ThreadLock;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,14 +24,6 @@ impl Clock {
     pub fn now_ns(&self) -> u64 {
         match self {
             Clock::Real => monotonic_ns(),
-            Clock::Virtual(clock) => clock.now_ns(),
-        }
-    }
-
-    /// The same, as of the kernel's last tick: cheap enough for each pass of a loop.
-    pub(crate) fn coarse_ns(&self) -> u64 {
-        match self {
-            Clock::Real => monotonic_coarse_ns(),
             Clock::Virtual(clock) => clock.now_ns(),
         }
     }

@@ -291,6 +291,12 @@ impl AioContext {
         self.post(Work::Once(Box::new(f)));
     }
 
+    /// Tells the coroutines of the calling thread what time it is: since when they wait, and how
+    /// long requests take. Once a pass of the loop, and where it is entered from outside.
+    pub(crate) fn note_time(&self) {
+        coblock_coroutine::note_time(self.clock.now_ns());
+    }
+
     /// Makes a timer on the context's clock (rule 3.7). `f` runs on the home, outside coroutines,
     /// and may poll. Not armed yet.
     pub fn timer(

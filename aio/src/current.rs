@@ -93,6 +93,16 @@ impl Driving {
             before: drive(Some(core.clone())),
         }
     }
+
+    /// The same for what is about to enter coroutines: where no pass of a loop has told them the
+    /// time of late, it is told.
+    pub fn telling_time(core: &Rc<Core>) -> Self {
+        let driving = Driving::new(core);
+        if driving.before.is_none() {
+            core.context.note_time();
+        }
+        driving
+    }
 }
 
 impl Drop for Driving {

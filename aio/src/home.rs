@@ -138,7 +138,7 @@ impl Home {
 
     /// Calls `f` with this context as the current one (rule 3.9).
     pub fn with<R>(&self, f: impl FnOnce() -> R) -> R {
-        let _driving = Driving::new(&self.core);
+        let _driving = Driving::telling_time(&self.core);
         f()
     }
 
@@ -164,7 +164,7 @@ impl Home {
     where
         F: for<'a> FnOnce(&'a Co) + 'static,
     {
-        let _driving = Driving::new(&self.core);
+        let _driving = Driving::telling_time(&self.core);
         start(&self.core, name, f)
     }
 
@@ -175,7 +175,7 @@ impl Home {
     #[track_caller]
     pub fn run<R>(&self, f: impl FnOnce(&Co) -> R) -> R {
         refuse_in_coroutine(&self.core.context);
-        let _driving = Driving::new(&self.core);
+        let _driving = Driving::telling_time(&self.core);
         let core = &self.core;
         let body = |co: &Co| {
             let _live = Live::begin(core, "run");
@@ -433,8 +433,7 @@ impl Core {
         let slept = self.busy_poll.sleep_begins(timeout);
         self.engine.wait(context, &self.ready, timeout);
         self.busy_poll.sleep_ended(slept);
-        // Since when a coroutine waits, for `dump`.
-        coblock_coroutine::note_time(context.clock().coarse_ns());
+        context.note_time();
         if consume {
             context.notify.accept();
         }

@@ -15,10 +15,11 @@
 //! A callback may submit, make synchronous requests ([`Mixed::nested`](crate::Mixed::nested)) and
 //! drop anything; it holds no lock of ours.
 
+use crate::accounting::IoKind;
 use crate::backend::BlockBackend;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphRead;
-use crate::request_table::RequestKind;
+use crate::request_table::Tracked;
 use crate::types::{RequestFlags, bytes};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::{Co, ThreadLock, WakeHandle};
@@ -38,7 +39,7 @@ enum Stage {
 }
 
 /// What a request is: its kind, its range, and for copies where to.
-type Submitted = (RequestKind, (u64, u64), Option<(Arc<BlockBackend>, u64)>);
+type Submitted = (IoKind, (u64, u64), Option<(Arc<BlockBackend>, u64)>);
 
 struct State {
     stage: Stage,
@@ -181,7 +182,7 @@ impl BlockBackend {
             let none = RequestFlags::empty();
             backend.node_in(graph).pread(co, graph, offset, buf, none)
         };
-        self.submit((RequestKind::Read, range, None), buf, read, done)
+        self.submit((IoKind::Read, range, None), buf, read, done)
     }
 
     /// Writes all of `buf` at `offset`; see [`BlockBackend::pwrite`].
@@ -201,7 +202,7 @@ impl BlockBackend {
             let buf = IoVec::from(&buf[..]);
             backend.node_in(graph).pwrite(co, graph, offset, buf, flags)
         };
-        self.submit((RequestKind::Write, range, None), buf, write, done)
+        self.submit((IoKind::Write, range, None), buf, write, done)
     }
 
     /// Makes the range read as zeros; see [`BlockBackend::pwrite_zeroes`].
@@ -219,7 +220,7 @@ impl BlockBackend {
                 .pwrite_zeroes(co, graph, offset, len, flags)
         };
         let done = move |result, ()| done(result);
-        let request = (RequestKind::Write, (offset, len), None);
+        let request = (IoKind::Zero, (offset, len), None);
         self.submit(request, (), zero, done)
     }
 
@@ -235,7 +236,7 @@ impl BlockBackend {
             backend.node_in(graph).pdiscard(co, graph, offset, len)
         };
         let done = move |result, ()| done(result);
-        let request = (RequestKind::Discard, (offset, len), None);
+        let request = (IoKind::Discard, (offset, len), None);
         self.submit(request, (), discard, done)
     }
 
@@ -255,7 +256,7 @@ impl BlockBackend {
             backend.copy_range_admitted(co, graph, offset, (&to, to_offset), len)
         };
         let done = move |result, ()| done(result);
-        let request = (RequestKind::Read, (offset, len), target);
+        let request = (IoKind::Read, (offset, len), target);
         self.submit(request, (), copy, done)
     }
 
@@ -270,7 +271,41 @@ impl BlockBackend {
             backend.node_in(graph).flush(co, graph)
         };
         let done = move |result, ()| done(result);
-        self.submit((RequestKind::Other, (0, 0), None), (), flush, done)
+        self.submit((IoKind::Flush, (0, 0), None), (), flush, done)
+    }
+
+    /// Serves a request and counts it; its places in the tables of requests in flight, which end
+    /// after its callback.
+    fn serve<'a>(
+        &'a self,
+        co: &'a Co,
+        kind: IoKind,
+        range: (u64, u64),
+        target: &'a Option<(Arc<BlockBackend>, u64)>,
+        request: impl FnOnce(&GraphRead<'_>) -> Result<()>,
+    ) -> (Result<()>, [Option<Tracked<'a>>; 2]) {
+        let began_ns = co.entered_ns();
+        let traced = self.trace_if_wanted(co, kind, range);
+        let admitted = match target {
+            None => self.admit(co, range, kind.request()).map(|one| (one, None)),
+            Some((to, at)) => self
+                .admit_both(co, range, (to, *at))
+                .map(|both| (both.source, Some(both.target))),
+        };
+        let (result, places) = match admitted {
+            Err(error) => (Err(error), [None, None]),
+            Ok((admitted, at_target)) => {
+                let result = match target {
+                    None => self.count(co, kind, range, began_ns, &admitted, request),
+                    Some((to, _)) => self.count_copy(co, range, began_ns, (&admitted, to), request),
+                };
+                (result, [Some(admitted.into_request()), at_target])
+            }
+        };
+        if let Some(req) = traced {
+            self.trace_end(req, kind, range, &result);
+        }
+        (result, places)
     }
 
     #[track_caller]
@@ -296,22 +331,9 @@ impl BlockBackend {
         coblock_aio::spawn("aio request", move |co| {
             // Counted until the callback returned (rule 5.7); the graph is let go before, so that
             // the callback may do anything.
-            let range = (offset, len);
-            let admitted = match &target {
-                None => backend.admit(co, range, kind).map(|one| (one, None)),
-                Some((to, at)) => backend
-                    .admit_both(co, range, (to, *at))
-                    .map(|both| (both.source, Some(both.target))),
-            };
-            let (result, _counted) = match admitted {
-                Ok((admitted, target)) => {
-                    let result = backend
-                        .check(&admitted, offset, len)
-                        .and_then(|()| request(&backend, co, &admitted.graph, &mut buf));
-                    (result, Some((admitted.into_request(), target)))
-                }
-                Err(error) => (Err(error), None),
-            };
+            let (result, _counted) = backend.serve(co, kind, (offset, len), &target, |graph| {
+                request(&backend, co, graph, &mut buf)
+            });
             let caller = shared.clone();
             context.oneshot(move || caller.call(move || done(result, buf)));
             shared.wait(co);

@@ -280,6 +280,25 @@ impl fmt::Debug for Drained {
     }
 }
 
+/// What `busy` is at, if it is.
+fn busy_with(busy: &dyn Busy, has_operations: bool) -> Option<BusyWith> {
+    let requests = busy.table().snapshot();
+    let otherwise = busy.is_busy_otherwise() || has_operations;
+    (otherwise || !requests.is_empty()).then(|| BusyWith {
+        who: busy.describe(),
+        requests,
+        otherwise,
+    })
+}
+
+/// Everybody in `graph` who has anything in flight. Any thread.
+pub(crate) fn all_busy(graph: &Arc<Graph>) -> Vec<BusyWith> {
+    let all = Scope::All(graph.clone()).collect().list;
+    all.iter()
+        .filter_map(|busy| busy_with(&**busy, false))
+        .collect()
+}
+
 /// One that a section that ran out of time still waited for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BusyWith {
@@ -584,15 +603,10 @@ impl<'a> Watch<'a> {
     }
 
     fn timeout(&mut self) -> DrainTimeout {
-        let busy = self.look().into_iter().filter_map(|busy| {
-            let requests = busy.table().snapshot();
-            let otherwise = busy.is_busy_otherwise() || self.has_operations(&*busy);
-            (otherwise || !requests.is_empty()).then(|| BusyWith {
-                who: busy.describe(),
-                requests,
-                otherwise,
-            })
-        });
+        let busy = self
+            .look()
+            .into_iter()
+            .filter_map(|busy| busy_with(&*busy, self.has_operations(&*busy)));
         DrainTimeout {
             busy: busy.collect(),
         }

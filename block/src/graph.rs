@@ -6,6 +6,7 @@ mod dump;
 mod end;
 mod main;
 mod permissions;
+mod requests;
 mod transaction;
 mod write;
 
@@ -14,6 +15,7 @@ pub use dump::{GraphDump, NodeDump};
 pub(crate) use end::End;
 pub use main::GraphMain;
 pub(crate) use permissions::take as take_permissions;
+pub use requests::RequestsDump;
 pub(crate) use transaction::in_main_home;
 pub use transaction::{Action, Reopen, Transaction};
 pub use write::GraphWrite;

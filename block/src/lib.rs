@@ -10,7 +10,8 @@
 //!               node, child, driver     these three know each other
 //!               drain           drained sections: nothing new comes, nothing is in flight (5.1 to 5.11)
 //!               graph           all nodes, GraphRead, GraphWrite
-//!   below       throttle        limits shared by groups: buckets, turns (8.1)
+//!   below       accounting      what a backend's requests did: counts, times, histograms
+//!               throttle        limits shared by groups: buckets, turns (8.1)
 //!               request_table   requests in flight, who waits for whom
 //!               graph_lock      readers in every context, one writer in the main one (7.1 to 7.8)
 //!               options, error, types, sync
@@ -33,6 +34,7 @@ pub mod request_table;
 pub mod throttle;
 pub mod types;
 
+mod accounting;
 mod backend;
 mod callback;
 mod child;
@@ -47,7 +49,8 @@ mod node;
 mod open;
 mod sync;
 
-pub use backend::{BlockBackend, Device, Operation};
+pub use accounting::{IoKind, KindStatistics, LatencyHistogram, Statistics};
+pub use backend::{BlockBackend, Device, Operation, REQUESTS};
 pub use callback::AioRequest;
 pub use child::Child;
 pub use drain::{BusyWith, Drain, DrainTimeout, Drained};
@@ -57,7 +60,7 @@ pub use event::Event;
 pub use gate::{Beneath, DenyAll, Dependent, Explicit, LikeReference, OpenGate};
 pub use graph::{
     Action, Graph, GraphAccess, GraphCell, GraphDump, GraphMain, GraphRead, GraphWrite, NodeDump,
-    Reopen, Transaction,
+    Reopen, RequestsDump, Transaction,
 };
 pub use graph_lock::{ContextSlot, MAX_CONTEXTS};
 pub use io::{Copied, CopySource, CopyTarget, Status};

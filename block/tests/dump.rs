@@ -56,3 +56,58 @@ fn a_graph_is_dumped() {
     drop(section);
     end(world, backend);
 }
+
+/// Who is stuck, and what each coroutine waits for, told together while nothing moves.
+#[test]
+fn requests_in_flight_are_dumped() {
+    let world = World::simulated();
+    let disk = SimDisk::new(4096);
+    let options = Options::new()
+        .with("driver", "raw")
+        .with("node-name", "top")
+        .with("file.driver", "sim")
+        .with("file.node-name", "disk")
+        .with_object("file.disk", disk.clone());
+    let backend = Arc::new(world.open(options).unwrap());
+    let idle = world.graph.dump_requests(false);
+    assert!(idle.busy.is_empty() && idle.to_json().starts_with(r#"{"busy":[],"#));
+    let hold = disk.hold(Match::writes());
+    let write = start(&world, &backend, |co, backend| {
+        backend.pwrite(co, 512, &[1; 1024][..], PLAIN)
+    });
+    settle(&world);
+    let dump = world.graph.dump_requests(false);
+    let mut who: Vec<(&str, usize)> = dump
+        .busy
+        .iter()
+        .map(|busy| (busy.who.as_str(), busy.requests.len()))
+        .collect();
+    who.sort_unstable();
+    let wanted = [
+        ("a backend of node 'top'", 1),
+        ("node 'disk'", 1),
+        ("node 'top'", 1),
+    ];
+    assert_eq!(who, wanted);
+    let standing = &dump.coroutines.standing;
+    assert_eq!(standing.len(), 1, "tests run on threads of their own");
+    assert!(standing[0].at.is_some(), "it tells where it waits");
+    let text = dump.to_string();
+    for line in [
+        "a backend of node 'top': 1 in flight",
+        "  write 1024 at 512",
+    ] {
+        assert!(text.lines().any(|is| is == line), "{text} lacks {line}");
+    }
+    let json = dump.to_json();
+    for part in [
+        r#"{"who":"node 'disk'","otherwise":false,"requests":[{"kind":"write","offset":512,"len":1024,"#,
+        r#""at":""#,
+    ] {
+        assert!(json.contains(part), "{json} lacks {part}");
+    }
+    drop(hold);
+    settle(&world);
+    assert!(matches!(*write.borrow(), Some(Ok(()))));
+    end(world, backend);
+}

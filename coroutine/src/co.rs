@@ -113,6 +113,13 @@ impl Co {
         unsafe { &*std::ptr::from_ref(&self.control) }
     }
 
+    /// What time it was when it was entered last: what [`note_time`](crate::note_time) told the
+    /// thread before that, in nanoseconds; 0 where nobody did. A plain load.
+    #[inline(always)]
+    pub fn entered_ns(&self) -> u64 {
+        self.control.entered_at.get()
+    }
+
     /// Suspends: control goes to whoever entered this coroutine last (rule 1.3).
     ///
     /// Ends when the coroutine is entered by hand or woken, for whatever reason, and at once if it

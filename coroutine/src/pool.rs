@@ -484,8 +484,8 @@ pub fn idle_stacks() -> usize {
 
 /// Tells the coroutines of the calling thread what time it is, in nanoseconds of whatever clock: one
 /// that is entered is stamped with the last time that was noted, and [`dump`](crate::dump())
-/// compares the two. For an event loop, once a pass (that of `coblock-aio` does it); nothing else
-/// looks at it.
+/// compares the two; [`Co::entered_ns`](crate::Co::entered_ns) tells it. For an event loop, once a pass
+/// (that of `coblock-aio` does it).
 pub fn note_time(now_ns: u64) {
     THREAD.with(|thread| thread.now.set(now_ns));
 }

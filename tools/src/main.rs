@@ -18,6 +18,7 @@ mod image_opts;
 mod img;
 mod io;
 mod json;
+mod objects;
 mod open;
 mod output;
 mod size;

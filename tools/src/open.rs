@@ -100,6 +100,7 @@ impl Session {
         registry.register("null-co", Box::new(drivers::null::OpenNull));
         registry.register("raw", Box::new(drivers::raw::OpenRaw));
         registry.register("qcow2", Box::new(qcow2::OpenQcow2));
+        registry.register("throttle", Box::new(drivers::throttle::OpenThrottle));
         let gate = Gate(LikeReference::with_guess(|path| Ok(probe(path).to_owned())));
         Ok(Self {
             home,

@@ -10,7 +10,7 @@ use crate::output::Output;
 const REFERENCE: &str = "10.0.2";
 
 /// Formats that images can have; the others of the reference are unknown here.
-pub const FORMATS: &str = "copy-on-read file null-co qcow2 raw";
+pub const FORMATS: &str = "copy-on-read file null-co qcow2 raw throttle";
 
 /// Scripts read the first number, to know which options there are: it is the reference's.
 pub fn version_line(name: &str) -> String {

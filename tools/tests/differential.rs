@@ -473,7 +473,7 @@ fn deliberate_differences() {
         (
             "--help",
             0,
-            "Supported formats: copy-on-read file null-co qcow2 raw",
+            "Supported formats: copy-on-read file null-co qcow2 raw throttle",
         ),
     ] {
         let ours = programs.ours(line);

@@ -7,22 +7,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Nanoseconds of the monotonic clock.
 pub fn monotonic_ns() -> u64 {
-    clock_ns(libc::CLOCK_MONOTONIC)
-}
-
-/// The same, as of the kernel's last tick: up to some milliseconds late, and several times cheaper.
-pub(crate) fn monotonic_coarse_ns() -> u64 {
-    clock_ns(libc::CLOCK_MONOTONIC_COARSE)
-}
-
-fn clock_ns(clock: libc::clockid_t) -> u64 {
     let mut now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: `now` is ours to write, and both clocks exist on every Linux.
-    let result = unsafe { libc::clock_gettime(clock, &raw mut now) };
-    assert_eq!(result, 0, "clock_gettime({clock}) failed");
+    // SAFETY: `now` is ours to write, and the clock exists on every Linux.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    assert_eq!(result, 0, "clock_gettime failed");
     now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
 

@@ -8,6 +8,7 @@
 //! Whether there is a section is a bit in the request table, which every request looks at anyway.
 //! That test is repeated under the queue's lock, in one step with enqueueing.
 
+use crate::accounting::Accounting;
 use crate::drain::{Busy, Collected, Parent, Section};
 use crate::graph::{End, Graph};
 use crate::node::Node;
@@ -17,7 +18,7 @@ use crate::types::Permissions;
 use coblock_coroutine::{Co, ThreadLock, WakeHandle};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// What a device, an export or another user of a backend does in drained sections (rules 5.1, 5.5,
 /// 5.9).
@@ -91,6 +92,9 @@ impl Gate {
 pub(crate) struct Root {
     pub(crate) end: End,
     pub(crate) requests: RequestTable,
+    pub(crate) accounting: Accounting,
+    /// Requests that were traced.
+    traced: AtomicU64,
     gate: ThreadLock<Gate>,
     /// Woken, and not in the table yet.
     resuming: AtomicU32,
@@ -103,10 +107,17 @@ impl Root {
         Arc::new(Root {
             end: End::new(graph, node, permissions),
             requests: RequestTable::new(),
+            accounting: Accounting::new(),
+            traced: AtomicU64::new(0),
             gate: ThreadLock::new(Gate::default()),
             resuming: AtomicU32::new(0),
             operations: AtomicU32::new(0),
         })
+    }
+
+    /// A number for a request that is traced, from 1 on.
+    pub(crate) fn next_request(&self) -> u64 {
+        self.traced.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     pub(crate) fn is_quiesced(&self) -> bool {

@@ -15,14 +15,16 @@ use coblock_aio::{IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::sync::Arc;
 
-pub(crate) struct OpenThrottle;
+/// Opens `throttle` nodes.
+#[derive(Debug)]
+pub struct OpenThrottle;
 
 impl OpenDriver for OpenThrottle {
     fn open(&self, co: &Co, opening: &mut Opening<'_>) -> Result<Box<dyn Driver>> {
         let Some(name) = opening.options().take_str("throttle-group")? else {
             return Err(Error::new(
                 ErrorKind::MissingOption,
-                "Parameter 'throttle-group' is missing",
+                "Please specify a throttle group",
             ));
         };
         let Some(group) = opening.graph().throttle_group(&name) else {

@@ -100,15 +100,7 @@ impl GraphDump {
                 let (name, role, below) = (quoted(name), quoted(role), quoted(below));
                 format!("{{\"name\":{name},\"role\":{role},\"node\":{below}}}")
             });
-            let requests = node.requests.iter().map(|request| {
-                let kind = quoted(&format!("{:?}", request.kind).to_lowercase());
-                let range = match request.range {
-                    Some((offset, len)) => format!("\"offset\":{offset},\"len\":{len},"),
-                    None => String::new(),
-                };
-                let serialising = request.serialising;
-                format!("{{\"kind\":{kind},{range}\"serialising\":{serialising}}}")
-            });
+            let requests = node.requests.iter().map(request_json);
             format!(
                 "{{\"name\":{},\"driver\":{},\"filename\":{},\"len\":{},\"read-only\":{},\"users\":{},\
                  \"drained-sections\":{},\"children\":[{}],\"requests\":[{}]}}",
@@ -128,7 +120,17 @@ impl GraphDump {
     }
 }
 
-fn words(request: &InFlight) -> String {
+pub(super) fn request_json(request: &InFlight) -> String {
+    let kind = quoted(&format!("{:?}", request.kind).to_lowercase());
+    let range = match request.range {
+        Some((offset, len)) => format!("\"offset\":{offset},\"len\":{len},"),
+        None => String::new(),
+    };
+    let serialising = request.serialising;
+    format!("{{\"kind\":{kind},{range}\"serialising\":{serialising}}}")
+}
+
+pub(super) fn words(request: &InFlight) -> String {
     let what = format!("{:?}", request.kind).to_lowercase();
     match request.range {
         Some((offset, len)) => format!("{what} {len} at {offset}"),
@@ -137,7 +139,7 @@ fn words(request: &InFlight) -> String {
 }
 
 /// A string of JSON, which Graphviz takes, too: file names may have any characters.
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     let mut quoted = String::from("\"");
     for char in text.chars() {
         match char {

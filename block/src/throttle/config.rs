@@ -75,45 +75,52 @@ impl ThrottleConfig {
     /// # Errors
     /// `Invalid`, with which one does not.
     pub fn check(&self) -> Result<()> {
-        let wrong = |message: String| Err(Error::new(ErrorKind::Invalid, message));
-        for (name, limit) in self.limits() {
-            if limit.average > LARGEST || limit.max > LARGEST {
-                return wrong(format!("{name} and its maximum are at most {LARGEST}"));
-            }
-            if limit.burst_seconds == 0 {
-                return wrong(format!("the burst of {name} is at least a second long"));
-            }
-            if limit.burst_seconds > 1 && limit.max == 0 {
-                return wrong(format!("a burst length of {name} needs a maximum"));
-            }
-            if limit
-                .max
-                .checked_mul(limit.burst_seconds)
-                .is_none_or(|burst| burst > LARGEST)
-            {
-                return wrong(format!("a whole burst of {name} is at most {LARGEST}"));
-            }
-            if limit.max > 0 && limit.average == 0 {
-                return wrong(format!("a maximum of {name} needs an average"));
-            }
-            if limit.max > 0 && limit.max < limit.average {
-                return wrong(format!("the maximum of {name} is below its average"));
-            }
-        }
+        let wrong = |name: &str, message: &str| {
+            let error = Error::new(ErrorKind::Invalid, message);
+            Err(error.with_hint(format!("It is about the limit {name}.")))
+        };
         for (name, total, parts) in [
             ("bps", self.bps_total, [self.bps_read, self.bps_write]),
             ("iops", self.iops_total, [self.iops_read, self.iops_write]),
         ] {
             let set = |limit: Limit| limit.average > 0 || limit.max > 0;
             if set(total) && parts.into_iter().any(set) {
-                return wrong(format!(
-                    "{name}-total and {name}-read or {name}-write exclude each other"
-                ));
+                return wrong(
+                    name,
+                    "bps/iops/max total values and read/write values cannot be used at the same time",
+                );
             }
         }
         let operations = [self.iops_total, self.iops_read, self.iops_write];
         if self.iops_size > 0 && operations.iter().all(|limit| limit.average == 0) {
-            return wrong("an iops-size needs a limit of operations".to_owned());
+            return wrong("iops-size", "iops size requires an iops value to be set");
+        }
+        for (name, limit) in self.limits() {
+            if limit.average > LARGEST || limit.max > LARGEST {
+                return wrong(
+                    name,
+                    "bps/iops/max values must be within [0, 1000000000000000]",
+                );
+            }
+            if limit.burst_seconds == 0 {
+                return wrong(name, "the burst length cannot be 0");
+            }
+            if limit.burst_seconds > 1 && limit.max == 0 {
+                return wrong(name, "burst length set without burst rate");
+            }
+            let burst = limit.max.checked_mul(limit.burst_seconds);
+            if burst.is_none_or(|burst| burst > LARGEST) {
+                return wrong(name, "burst length too high for this burst rate");
+            }
+            if limit.max > 0 && limit.average == 0 {
+                return wrong(
+                    name,
+                    "bps_max/iops_max require corresponding bps/iops values",
+                );
+            }
+            if limit.max > 0 && limit.max < limit.average {
+                return wrong(name, "bps_max/iops_max cannot be lower than bps/iops");
+            }
         }
         Ok(())
     }

@@ -229,6 +229,7 @@ impl<'c> Job<'c, '_> {
         let progress = Progress::new(config);
         let (cpu_before, coroutines_before) = (cpu_time(), coroutine::stats());
         let counted_before = qcow2_stats(backend);
+        let statistics_before = backend.statistics();
         let target = load::Target {
             backend: backend.clone(),
             path,
@@ -263,6 +264,7 @@ impl<'c> Job<'c, '_> {
             cpu,
             coroutines,
             qcow2: qcow2_stats(backend).map(|now| counted(now, counted_before.unwrap_or_default())),
+            backend: backend.statistics().since(&statistics_before),
             verified: None,
             check: None,
             leaks_before: 0,

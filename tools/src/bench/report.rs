@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use coblock::block::{IoKind, Statistics};
 use coblock::coroutine::Stats;
 use coblock::qcow2::Qcow2Stats;
 use coblock::qcow2::check::CheckReport;
@@ -32,6 +33,8 @@ pub struct Report<'a> {
     pub coroutines: Stats,
     /// What the qcow2 driver counted.
     pub qcow2: Option<Qcow2Stats>,
+    /// What the backend counted.
+    pub backend: Statistics,
     /// Blocks that were read back, and how long that took.
     pub verified: Option<(u64, Duration)>,
     /// The metadata check.
@@ -141,6 +144,7 @@ impl Report<'_> {
             let queues = self.queues.iter().map(queue).collect();
             members.push(("queues", Json::List(queues)));
         }
+        members.push(("backend", block_stats(&self.backend)));
         if let Some(stats) = self.qcow2 {
             members.push((
                 "qcow2",
@@ -281,6 +285,37 @@ fn micros(ns: u64) -> String {
         1_000_000..1_000_000_000 => format!("{:.2} ms", float(ns) / 1e6),
         _ => format!("{:.2} s", float(ns) / 1e9),
     }
+}
+
+/// A backend's statistics with the names that they have in QMP's `query-blockstats`; zeroes, which
+/// are no kind of their own there, besides.
+fn block_stats(all: &Statistics) -> Json {
+    let mut members: Vec<(String, Json)> = Vec::new();
+    for (kind, name) in [
+        (IoKind::Read, "rd"),
+        (IoKind::Write, "wr"),
+        (IoKind::Zero, "zero"),
+        (IoKind::Discard, "unmap"),
+        (IoKind::Flush, "flush"),
+    ] {
+        let its = all.of(kind);
+        let histogram = its.latency_histogram();
+        let numbers = |list: &[u64]| Json::List(list.iter().map(|&n| n.into()).collect());
+        let histogram = Json::object([
+            ("boundaries", numbers(&histogram.boundaries)),
+            ("bins", numbers(&histogram.bins)),
+        ]);
+        members.extend([
+            (format!("{name}_operations"), its.operations.into()),
+            (format!("{name}_bytes"), its.bytes.into()),
+            (format!("{name}_total_time_ns"), its.time_ns.into()),
+            (format!("{name}_merged"), its.merged.into()),
+            (format!("failed_{name}_operations"), its.failed.into()),
+            (format!("invalid_{name}_operations"), its.invalid.into()),
+            (format!("{name}_latency_histogram"), histogram),
+        ]);
+    }
+    Json::Object(members)
 }
 
 /// The counters that tell something, by name.

@@ -34,6 +34,7 @@ use commands::{Command, Failure};
 use open::{Image, OpenWith};
 
 use crate::getopt::{Getopt, Opt, Order};
+use crate::objects::{Next, Objects};
 use crate::output::{FAILURE, Output};
 use crate::standard;
 
@@ -82,6 +83,8 @@ const OPTIONS: &[Opt<Id>] = &[
 struct Shell<'o> {
     out: &'o mut Output,
     image: Option<Image>,
+    /// What `--object` defined, for all images.
+    objects: Objects,
     /// Results of requests that run beside the commands, not yet printed.
     results: aio::Results,
     /// How every image is named.
@@ -98,7 +101,8 @@ pub fn run(words: Vec<OsString>, called: &str, out: &mut Output) -> u8 {
     let mut with = OpenWith::default();
     let (mut misalign, mut image_opts, mut format) = (false, false, None);
     let mut commands = Vec::new();
-    let mut object = None;
+    let mut definitions = Vec::new();
+    let mut objects = Objects::default();
     loop {
         let (id, value) = match getopt.next_option() {
             Ok(None) => break,
@@ -131,7 +135,7 @@ pub fn run(words: Vec<OsString>, called: &str, out: &mut Output) -> u8 {
                 Ok(())
             }
             Id::Object => {
-                object.get_or_insert(value);
+                definitions.push(value);
                 Ok(())
             }
             Id::Trace => standard::trace(&value, out),
@@ -158,14 +162,15 @@ pub fn run(words: Vec<OsString>, called: &str, out: &mut Output) -> u8 {
         out.error("--image-opts and -f are mutually exclusive");
         return FAILURE;
     }
-    if let Some(object) = object {
-        return match standard::object(&object, out) {
-            Ok(()) => 0,
+    for definition in definitions {
+        match objects.define(&definition, out) {
+            Ok(Next::GoOn) => {}
+            Ok(Next::End) => return 0,
             Err(message) => {
                 out.error(message);
-                FAILURE
+                return FAILURE;
             }
-        };
+        }
     }
     if let Some(format) = format {
         with.options.set("driver", format);
@@ -173,6 +178,7 @@ pub fn run(words: Vec<OsString>, called: &str, out: &mut Output) -> u8 {
     let mut shell = Shell {
         out,
         image: None,
+        objects,
         results: aio::Results::default(),
         image_opts,
         misalign,
@@ -213,7 +219,7 @@ Reads and writes disk images
   -d, --discard=MODE    unmap or ignore (unmap)
   -T, --trace PATTERN   accepted for compatibility: there are no trace events
   -U, --force-share     open the image even if somebody else is writing to it
-  --object OBJECTDEF    refused: there are no types of objects
+  --object OBJECTDEF    define limits, like throttle-group,id=tg0,x-iops-total=100
   -h, --help            print this help and exit
   -V, --version         print the version and exit
 

@@ -295,6 +295,7 @@ impl Shell<'_> {
             return Err("Block node is read-only".into());
         }
         let session = Session::new(with.engine()?)?;
+        self.objects.add_to(&session.graph);
         let access = Access {
             write: !with.read_only,
             force_share: with.force_share,
