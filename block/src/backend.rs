@@ -202,12 +202,6 @@ impl BlockBackend {
         (to, to_offset): (&BlockBackend, u64),
         len: u64,
     ) -> Result<()> {
-        if !Arc::ptr_eq(&self.graph, &to.graph) {
-            let message = "The two ends of a copy are in different graphs";
-            return Err(self
-                .node_in(graph)
-                .locate(Error::new(ErrorKind::Invalid, message)));
-        }
         to.check_range(graph, to.root.requests.is_closed(), to_offset, len)?;
         self.node_in(graph)
             .copy_range(co, graph, offset, (to.node_in(graph), to_offset), len)
@@ -424,6 +418,9 @@ impl BlockBackend {
 
     /// Admits a request here and one on `to`, both or none. While it is held back at either end it
     /// is not in flight at the other: sections of the two may wait for each other's ends otherwise.
+    ///
+    /// # Errors
+    /// `Invalid` where the two are in different graphs: a guard of the one proves nothing of the other.
     #[track_caller]
     pub(crate) fn admit_both<'a>(
         &'a self,
@@ -431,6 +428,10 @@ impl BlockBackend {
         range: (u64, u64),
         (to, to_offset): (&'a BlockBackend, u64),
     ) -> Result<AdmittedBoth<'a>> {
+        if !Arc::ptr_eq(&self.graph, &to.graph) {
+            let message = "The two ends of a copy are in different graphs";
+            return Err(self.node().locate(Error::new(ErrorKind::Invalid, message)));
+        }
         loop {
             to.root.wait_until_open(co);
             let source = self.admit(co, range, RequestKind::Read)?;
