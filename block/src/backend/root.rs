@@ -15,7 +15,7 @@ use crate::node::Node;
 use crate::request_table::{RequestKind, RequestTable};
 use crate::throttle::{Direction, Member, ThrottleGroup};
 use crate::types::Permissions;
-use coblock_coroutine::{Co, ThreadLock, WakeHandle};
+use coblock_coroutine::{Co, ThreadLock, WakeHandle, mutant};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -169,7 +169,10 @@ impl Root {
 
     /// Must a request that finds a section queue? Asked by one that is in the table.
     pub(crate) fn must_queue(&self) -> bool {
-        self.is_quiesced() && !self.requests.is_closed() && self.gate.lock().must_queue()
+        self.is_quiesced()
+            && !self.requests.is_closed()
+            && self.gate.lock().must_queue()
+            && !mutant!("a section holds no request back")
     }
 
     /// Suspends while a section holds requests back. The caller is counted in flight from the end

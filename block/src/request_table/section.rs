@@ -5,6 +5,7 @@
 
 use super::{RequestTable, Target, Wake};
 use crate::sync::light_fence;
+use coblock_coroutine::mutant;
 
 impl RequestTable {
     /// New requests of this user find [`RequestTable::is_quiesced`] (rule 5.5). Those that did not
@@ -36,7 +37,9 @@ impl RequestTable {
     /// Is nothing in flight? Asked after a heavy fence by who holds new requests back: then it stays
     /// so.
     pub(crate) fn is_idle(&self) -> bool {
-        self.live().next().is_none()
+        let others = mutant!("a section does not see the requests of other contexts");
+        let mut live = self.live().map(|(key, ..)| key);
+        !live.any(|key| key.row == 0 || !others)
     }
 
     /// Is anything busy otherwise, or in flight? Then `wake` is listed, to be called when something

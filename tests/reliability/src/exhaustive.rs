@@ -139,12 +139,13 @@ fn run(plan: &Plan, report: &mut Report) {
         report.fail("exhaustive", "no sequence met a compressed cluster");
     }
     report.say(format!(
-        "{} sequences, cut at {} places in {} ways: {} different states, {} of them checked by qemu-img",
+        "{} sequences, cut at {} places in {} ways: {} different states, {} of them checked by qemu-img, {} repaired",
         scripts.len(),
         total.places,
         total.choices,
         total.states,
-        total.reference
+        total.reference,
+        total.repaired
     ));
 }
 

@@ -9,6 +9,9 @@
 //!   failed flush         flushes                                        and every later flush fails
 //!   short, EINTR, EAGAIN reads, writes                                  nobody notices
 //! ```
+//! On large images what fails comes after a `mark`, and is a sample; of short sequences every two
+//! requests fail together.
+//!
 //! Always: no panic, an end within a minute of virtual time, no coroutine, node or request left; only
 //! a request that was hit fails, or one after something was poisoned; the image is sound, and reads
 //! as after a power cut.
@@ -16,7 +19,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use coblock::block::drivers::sim::{Counts, Fault, Match, Op as DiskOp};
 use coblock::block::{ErrorKind, Event};
@@ -26,8 +29,10 @@ use super::load::OnError;
 use super::parallel::each;
 use super::part::{Figure, Part, Plan, Report};
 use super::play::{Played, Stage, play, play_on, play_with};
-use super::power_cuts::workload;
+use super::power_cuts;
+use super::rng::Rng;
 use super::script::{Op, Script};
+use super::swarm::{self, Params};
 
 /// This part.
 pub const PART: Part = Part {
@@ -63,7 +68,19 @@ pub struct Failure {
     from_then_on: bool,
     /// Not the nth request of the kind, but the next one after this point is reached for the nth time.
     event: Option<Event>,
+    /// A second request fails, so many after this one; then both are of any kind.
+    also: Option<u64>,
 }
+
+/// Everything that a file may be asked.
+const ANY: [DiskOp; 6] = [
+    DiskOp::Read,
+    DiskOp::Write,
+    DiskOp::Flush,
+    DiskOp::Zero,
+    DiskOp::Discard,
+    DiskOp::Resize,
+];
 
 /// Kinds of requests, how they may fail, and how often each is sent.
 fn ways(counts: &Counts) -> [(DiskOp, u64, &'static [Kind]); 6] {
@@ -94,9 +111,19 @@ impl Kind {
 }
 
 impl Failure {
-    fn fault(self) -> Fault {
+    fn faults(self) -> Vec<Fault> {
+        let mut faults = vec![self.first()];
+        if let Some(behind) = self.also {
+            let second = Fault::new(Match::ops(&ANY), libc::EIO);
+            faults.push(second.after(self.nth + behind));
+        }
+        faults
+    }
+
+    fn first(self) -> Fault {
         let what = match self.event {
             Some(_) => Match::ops(&[DiskOp::Read, DiskOp::Write, DiskOp::Flush]),
+            None if self.also.is_some() => Match::ops(&ANY),
             None => Match::ops(&[self.op]),
         };
         let fault = match self.kind {
@@ -131,31 +158,49 @@ struct Watch {
     wrong: RefCell<Option<String>>,
 }
 
+/// What the file is sent, and which points are reached, after the `mark` of a script, or else after
+/// the image was opened.
+fn sent(script: &Script) -> Verdict<(Counts, BTreeMap<Event, u64>)> {
+    let played = play(script);
+    let before = Rc::new(RefCell::new((Counts::default(), BTreeMap::new())));
+    let again = {
+        let before = before.clone();
+        play_with(script, move |stage, load| {
+            let disk = stage.disk.clone();
+            before.borrow_mut().0 = disk.counts();
+            load.after_each(move |ended| {
+                if ended.op == Op::Mark {
+                    *before.borrow_mut() = (disk.counts(), disk.events());
+                }
+            })
+        })
+    };
+    if again.log != played.log {
+        return Err(format!("two runs differ\n{script}"));
+    }
+    let (since, events_before) = before.take();
+    let (counts, mut events) = (again.stage.disk.counts(), again.stage.disk.events());
+    for (event, count) in &mut events {
+        *count -= events_before.get(event).copied().unwrap_or(0);
+    }
+    let counts = Counts {
+        reads: counts.reads - since.reads,
+        writes: counts.writes - since.writes,
+        flushes: counts.flushes - since.flushes,
+        zeroes: counts.zeroes - since.zeroes,
+        discards: counts.discards - since.discards,
+        resizes: counts.resizes - since.resizes,
+        ..counts
+    };
+    Ok((counts, events))
+}
+
 /// All failures of one workload.
 ///
 /// # Errors
 /// When the workload fails without any.
 pub fn failures(script: &Script) -> Verdict<Vec<Failure>> {
-    let played = play(script);
-    let opened = Rc::new(Cell::new(Counts::default()));
-    let (counts, events) = {
-        let opened = opened.clone();
-        let again = play_with(script, move |stage, load| {
-            opened.set(stage.disk.counts());
-            load
-        });
-        if again.log != played.log {
-            return Err(format!("two runs differ\n{script}"));
-        }
-        (again.stage.disk.counts(), again.stage.disk.events())
-    };
-    let since = opened.get();
-    let counts = Counts {
-        reads: counts.reads - since.reads,
-        writes: counts.writes - since.writes,
-        flushes: counts.flushes - since.flushes,
-        ..counts
-    };
+    let (counts, events) = sent(script)?;
     let mut all = Vec::new();
     for (op, count, kinds) in ways(&counts) {
         for nth in 0..count {
@@ -167,6 +212,7 @@ pub fn failures(script: &Script) -> Verdict<Vec<Failure>> {
                         kind,
                         from_then_on,
                         event: None,
+                        also: None,
                     });
                 }
             }
@@ -180,10 +226,74 @@ pub fn failures(script: &Script) -> Verdict<Vec<Failure>> {
                 kind: Kind::Io,
                 from_then_on: false,
                 event: Some(event),
+                also: None,
             });
         }
     }
     Ok(all)
+}
+
+/// Every two requests of a short workload.
+///
+/// # Errors
+/// When the workload fails without any failure.
+pub fn pairs(script: &Script) -> Verdict<Vec<Failure>> {
+    let (counts, _) = sent(script)?;
+    let all: u64 = ways(&counts).iter().map(|(_, count, _)| count).sum();
+    let pair = |nth, behind| Failure {
+        // Of any kind.
+        op: DiskOp::Status,
+        nth,
+        kind: Kind::Io,
+        from_then_on: false,
+        event: None,
+        also: Some(behind),
+    };
+    // What fails may be tried again, so the second one may lie behind the last.
+    let second = |nth| (1..=all - nth).map(move |behind| pair(nth, behind));
+    Ok((0..all).flat_map(second).collect())
+}
+
+/// The workload of a seed: that of the power cuts, some of them with several queues, flags and
+/// resizes.
+pub fn workload(seed: u64) -> Script {
+    let (mut script, mut rng) = power_cuts::draw(seed);
+    script.setting.queues = rng.pick(&[1, 1, 2, 3]);
+    if rng.chance(40) {
+        swarm::add_flags(&mut script, &mut rng);
+    }
+    if rng.chance(30) {
+        swarm::add_resizes(&mut script, &mut rng, 1);
+    }
+    script
+}
+
+/// A run on a disk of a megabyte or more: half of it is full, then it changes, gets shorter and
+/// longer.
+pub fn large(seed: u64) -> Script {
+    let params = Params {
+        requests: 8,
+        fill: 0,
+        in_flight: 4,
+        ..Params::draw(seed)
+    };
+    let mut script = params.script();
+    let size = script.setting.size;
+    let piece = 128 << 10;
+    let full = (0..size / 2 / piece).map(|nth| {
+        let len = usize::try_from(piece).expect("short");
+        Op::write(nth * piece, len)
+    });
+    let mut ops: Vec<Op> = full.chain([Op::Wait, Op::Flush, Op::Mark]).collect();
+    ops.append(&mut script.ops);
+    let third = size / 3 / 512 * 512;
+    ops.extend([Op::Shrink { len: third }, Op::Flush]);
+    ops.extend([
+        Op::Grow { len: size + piece },
+        Op::write(size / 2 / 512 * 512, 512),
+    ]);
+    script.ops = ops;
+    script
 }
 
 /// Plays a script with one failure and judges what is left.
@@ -199,10 +309,18 @@ pub fn judge_failure(judge: &Judge, script: &Script, failure: Failure) -> Verdic
         ..Stage::new(&script.setting)
     };
     let history = stage.history();
+    let marked = script.ops.contains(&Op::Mark);
     let played = play_on(stage, history, script, |stage, load| {
-        stage.disk.fail(failure.fault());
+        let disk = stage.disk.clone();
+        let fail = move || failure.faults().into_iter().for_each(|f| disk.fail(f));
+        if !marked {
+            fail();
+        }
         let disk = stage.disk.clone();
         load.on_error(OnError::Count).after_each(move |ended| {
+            if ended.op == Op::Mark {
+                fail();
+            }
             let (mine, others): (Vec<_>, Vec<_>) = disk
                 .take_hits()
                 .into_iter()
@@ -239,12 +357,14 @@ fn judge_told(failure: &Failure, watch: &Watch, played: &Played, told: bool) -> 
     if failure.kind.is_absorbed() && told {
         return Err(format!("an absorbed failure was told: {}", story()));
     }
+    let tells = |op: &DiskOp| matches!(op, DiskOp::Read | DiskOp::Write | DiskOp::Flush);
     let must_tell = match failure.kind {
+        _ if failure.also.is_some() => watch.hits.borrow().iter().any(tells),
         _ if failure.kind.is_absorbed() => false,
         // A disk that is full once: freed clusters are made ready, and what failed is tried again.
         Kind::NoSpace => failure.from_then_on && failure.op == DiskOp::Write,
         // Giving back space is advice, and zeroes and sizes have other ways.
-        _ => matches!(failure.op, DiskOp::Read | DiskOp::Write | DiskOp::Flush),
+        _ => tells(&failure.op),
     };
     if must_tell && !told {
         return Err(format!("nobody was told: {}", story()));
@@ -281,22 +401,62 @@ impl Watch {
     }
 }
 
+/// Which failures of a workload.
+#[derive(Clone, Copy)]
+enum Take {
+    Each,
+    /// About so many, drawn from all.
+    Sample(u64),
+    Pairs,
+}
+
+impl Take {
+    /// Where its runs are counted.
+    fn column(self) -> usize {
+        match self {
+            Take::Each => 0,
+            Take::Sample(_) => 1,
+            Take::Pairs => 2,
+        }
+    }
+}
+
 fn run(plan: &Plan, report: &mut Report) {
-    let seeds = plan.scale.pick(5, 75, 600);
-    let mut items: Vec<(String, Script)> = super::scripts::all();
-    // A load of a megabyte does not get more interesting by failing at each of its pieces.
-    items.retain(|(_, script)| script.setting.size < 1 << 20);
-    let replay = |seed| format!("cargo xtask reliability --faults-of {seed}");
-    items.extend((0..seeds).map(|seed| (replay(seed), workload(seed))));
-    let mut runs = 0;
+    let scale = plan.scale;
+    let mut items: Vec<(String, Script, Take)> = Vec::new();
+    for (replay, script) in super::scripts::all() {
+        let take = match script.setting.size < 1 << 20 {
+            true => Take::Each,
+            false => Take::Sample(scale.pick(60, 400, u64::MAX)),
+        };
+        items.push((replay, script, take));
+    }
+    for seed in 0..scale.pick(5, 75, 600) {
+        let replay = format!("cargo xtask reliability --faults-of {seed}");
+        items.push((replay, workload(seed), Take::Each));
+    }
+    let replay = || "cargo xtask reliability --faults-of FILE (the lines below)".to_string();
+    for seed in 0..scale.pick(1, 8, 200) {
+        let take = Take::Sample(scale.pick(60, 250, 5_000));
+        items.push((replay(), large(seed), take));
+    }
+    let short = super::exhaustive::scripts(2);
+    for script in short.into_iter().step_by(scale.pick(197, 17, 1)) {
+        items.push((replay(), script, Take::Pairs));
+    }
+    let mut runs = [0; 3];
     let mut events = BTreeSet::new();
-    for ((replay, script), result) in items
-        .iter()
-        .zip(each(plan.jobs, &items, |(_, script)| judge_script(script)))
-    {
+    let results = each(plan.jobs, &items, |(_, script, take)| {
+        let all = match take {
+            Take::Pairs => pairs(script)?,
+            Take::Each | Take::Sample(_) => failures(script)?,
+        };
+        judge_all(script, &sample(all, *take, script.setting.seed))
+    });
+    for ((replay, script, take), result) in items.iter().zip(results) {
         match result.and_then(|judged| judged) {
             Ok((more, reached)) => {
-                runs += more;
+                runs[take.column()] += more;
                 events.extend(reached);
             }
             Err(why) => report.fail(replay, &format!("{why}\n{script}")),
@@ -315,21 +475,35 @@ fn run(plan: &Plan, report: &mut Report) {
         "named points that no workload came to: {}",
         names(false)
     ));
-    report.count(Figure::Runs, runs);
+    let [each, large, pairs] = runs;
+    report.count(Figure::Runs, each + large + pairs);
     report.say(format!(
-        "{} workloads, {runs} runs in which one request to the file failed, or all from one on",
+        "{} workloads; {each} runs in which one request to the file failed, or all from one on; {large} of \
+         the same on disks of a megabyte and more; {pairs} in which two requests failed",
         items.len()
     ));
+}
+
+/// Those that are to be judged.
+fn sample(mut all: Vec<Failure>, take: Take, seed: u64) -> Vec<Failure> {
+    if let Take::Sample(most) = take {
+        let (mut rng, len) = (Rng::new(seed), all.len() as u64);
+        all.retain(|_| rng.below(len) < most);
+    }
+    all
 }
 
 /// Every failure of one script; tells how many.
 ///
 /// # Errors
 /// The first that an oracle does not like.
-pub fn judge_script(script: &Script) -> Verdict<(u64, BTreeSet<Event>)> {
-    let all = failures(script)?;
+pub fn judge_script(script: &Script) -> Verdict<u64> {
+    Ok(judge_all(script, &failures(script)?)?.0)
+}
+
+fn judge_all(script: &Script, all: &[Failure]) -> Verdict<(u64, BTreeSet<Event>)> {
     let judge = Judge::default();
-    for failure in &all {
+    for failure in all {
         judge_failure(&judge, script, *failure).map_err(|why| format!("{failure:?}: {why}"))?;
     }
     judge.end();

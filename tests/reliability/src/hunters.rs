@@ -16,7 +16,7 @@ use coblock::qcow2::header::Header;
 use super::judge::{Judge, Verdict};
 use super::play::play;
 use super::rng::Rng;
-use super::script::Setting;
+use super::script::{Op, Script, Setting};
 use super::session::Session;
 use super::swarm::Params;
 use super::{crash, image, sim, soundness};
@@ -30,8 +30,11 @@ pub const ALL: &[Hunter] = &[
     ("serialising requests", 1, serialising),
     ("shared clusters", 1, shared_clusters),
     ("a reader of a freed cluster", 1, reader_of_a_freed_cluster),
+    ("limits", 1, limits),
     ("simulated seeds", 24, simulated),
     ("power cuts", 24, power_cut),
+    ("scripts", 1, scripts),
+    ("the whole stack", 40, whole_stack),
 ];
 
 /// Read-only? May others write?
@@ -255,6 +258,43 @@ fn reader_of_a_freed_cluster(_: u64) -> Verdict {
         None => Ok(()),
         Some(byte) => Err(format!("it found {byte}, which is another cluster's")),
     }
+}
+
+/// Two queues with limits that stay: each request that is let go lets the next one go in its time.
+fn limits(_: u64) -> Verdict {
+    let mut script = Script {
+        setting: Setting {
+            queues: 2,
+            in_flight: 8,
+            ..Setting::default()
+        },
+        ops: vec![Op::Throttle { iops: 200, bps: 0 }],
+    };
+    let read = Op::Read {
+        offset: 0,
+        len: 4096,
+    };
+    script.ops.extend([read; 100]);
+    // Panics when nothing can ever happen again.
+    match play(&script).now_ns {
+        300_000_000.. => Ok(()),
+        early => Err(format!("100 requests after {early} ns")),
+    }
+}
+
+/// Scripts of former mistakes, cut everywhere.
+fn scripts(_: u64) -> Verdict {
+    let wanted = |name: &str| name.contains("growing-over-a-backing-file");
+    let (_, script) = super::scripts::all()
+        .into_iter()
+        .find(|(name, _)| wanted(name))
+        .ok_or("the script is not there")?;
+    super::power_cuts::judge_script(&script).map(drop)
+}
+
+/// A seed with everything: queues, sections, limits, filters, resizes, failures.
+fn whole_stack(seed: u64) -> Verdict {
+    super::seeds::judge_seed(seed).map(drop)
 }
 
 /// A run of the swarm.

@@ -20,7 +20,7 @@ Runs every part of the reliability machine and prints what each shows.
   --jobs N            threads (default: one for each core)
   --script FILE       plays this script, or the one of that name in scripts/, and cuts the power everywhere
   --power-cuts-of N   the same for the workload of a seed
-  --faults-of N       every failure of the workload of a seed
+  --faults-of N|FILE  every failure of the workload of a seed, or of a script
   --json FILE         where the figures go (default: nowhere)
   --docs FILE         where the page with the figures goes (default: nowhere)
 ";
@@ -93,12 +93,14 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// A path, or the name of one of our scripts.
-fn script_path(name: &str) -> PathBuf {
+/// The script in a file, or one of ours by its name.
+fn read_script(name: &str) -> Result<Script, String> {
     let ours = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("scripts")
         .join(name);
-    if ours.exists() { ours } else { name.into() }
+    let path = if ours.exists() { ours } else { name.into() };
+    let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    text.parse()
 }
 
 /// Plays a script and cuts the power everywhere.
@@ -133,9 +135,7 @@ fn reliability(words: &[String]) -> Result<bool, String> {
             "--part" => names.push(value()?.clone()),
             "--jobs" => plan.jobs = value()?.parse().map_err(|e| format!("--jobs: {e}"))?,
             "--script" => {
-                let text = std::fs::read_to_string(script_path(value()?))
-                    .map_err(|e| format!("--script: {e}"))?;
-                return one_script(&text.parse()?);
+                return one_script(&read_script(value()?)?);
             }
             "--power-cuts-of" => {
                 let seed = value()?.parse();
@@ -144,10 +144,13 @@ fn reliability(words: &[String]) -> Result<bool, String> {
                 ));
             }
             "--faults-of" => {
-                let seed = value()?.parse();
-                let script = workload(seed.map_err(|e| format!("--faults-of: {e}"))?);
+                let named = value()?;
+                let script = match named.parse() {
+                    Ok(seed) => faults::workload(seed),
+                    Err(_) => read_script(named)?,
+                };
                 println!("{script}");
-                println!("{} runs", faults::judge_script(&script)?.0);
+                println!("{} runs", faults::judge_script(&script)?);
                 return Ok(true);
             }
             "--json" => json = Some(PathBuf::from(value()?)),

@@ -39,6 +39,10 @@ pub const ALL: &[(Area, &str)] = &[
         "a new table is published before it is written",
     ),
     (Area::Mapping, "shared clusters are written in place"),
+    (
+        Area::Mapping,
+        "a longer disk comes before what hides its backing file",
+    ),
     (Area::Refcounts, "freed clusters do not wait for a flush"),
     (Area::Refcounts, "clusters are freed under their readers"),
     (Area::Refcounts, "freed clusters are forgotten"),
@@ -73,6 +77,12 @@ pub const ALL: &[(Area, &str)] = &[
         Area::Locks,
         "serialising requests do not exclude each other",
     ),
+    (
+        Area::Locks,
+        "a section does not see the requests of other contexts",
+    ),
+    (Area::Locks, "a section holds no request back"),
+    (Area::Locks, "the turn of the throttled is not passed on"),
     (Area::Locks, "unshared bytes are not locked"),
     (Area::Locks, "nobody looks who else has the file"),
 ];

@@ -266,6 +266,11 @@ pub fn add_features(script: &mut Script, rng: &mut Rng) {
     if setting.copy_on_read && setting.backing == 0 && rng.chance(80) {
         setting.backing = setting.size;
     }
+    add_flags(script, rng);
+}
+
+/// Draws which flags requests have.
+pub fn add_flags(script: &mut Script, rng: &mut Rng) {
     let flags = [
         RequestFlags::FUA,
         RequestFlags::MAY_UNMAP,
@@ -292,52 +297,57 @@ pub fn add_features(script: &mut Script, rng: &mut Rng) {
 
 /// Strews steps of other kinds between the requests: each kind in about two scripts of five.
 pub fn add_steps(script: &mut Script, rng: &mut Rng) {
-    let Setting {
-        version,
-        size,
-        backing,
-        unit,
-        queues,
-        ..
-    } = script.setting;
-    let mut strew = |most: u64, draw: &dyn Fn(&mut Rng) -> Vec<Op>| {
-        if !rng.chance(40) {
-            return;
-        }
-        for _ in 0..rng.between(1, most) {
-            let mut at = rng.below(script.ops.len() as u64 + 1);
-            for op in draw(rng) {
-                let index = usize::try_from(at).expect("an index");
-                script.ops.insert(index, op);
-                at = rng.between(at + 1, (at + 20).min(script.ops.len() as u64));
-            }
+    let queues = script.setting.queues as u64;
+    let mut strew_some = |most, draw: &dyn Fn(&mut Rng) -> Vec<Op>| {
+        if rng.chance(40) {
+            strew(script, rng, most, draw);
         }
     };
-    strew(4, &|_| vec![Op::Drain]);
-    strew(2, &|_| vec![Op::DrainAll]);
-    strew(3, &|_| vec![Op::Lock]);
-    strew(9, &|rng| {
-        let queue = rng.below(queues as u64);
-        let queue = usize::try_from(queue).expect("few");
+    strew_some(4, &|_| vec![Op::Drain]);
+    strew_some(2, &|_| vec![Op::DrainAll]);
+    strew_some(3, &|_| vec![Op::Lock]);
+    strew_some(9, &|rng| {
+        let queue = usize::try_from(rng.below(queues)).expect("few");
         vec![Op::Move { queue }]
     });
-    strew(3, &|rng| {
+    strew_some(3, &|rng| {
         // Slow enough to queue up, fast enough for a minute of virtual time.
         let iops = rng.pick(&[0, 200, 2_000]);
         let bps = rng.pick(&[0, 4 << 20, 64 << 20]);
         let off = Op::Throttle { iops: 0, bps: 0 };
         vec![Op::Throttle { iops, bps }, off]
     });
+    if rng.chance(40) {
+        add_resizes(script, rng, 2);
+    }
+}
+
+/// Makes the disk shorter, and longer again, up to `most` times.
+pub fn add_resizes(script: &mut Script, rng: &mut Rng, most: u64) {
+    let setting = &script.setting;
     // Version 2 has no zeros that would hide the backing file.
-    if version == 2 && backing > 0 {
+    if setting.version == 2 && setting.backing > 0 {
         return;
     }
-    strew(2, &|rng| {
-        let step = unit.max(512) as u64;
+    let (size, step) = (setting.size, setting.unit.max(512) as u64);
+    strew(script, rng, most, &|rng| {
         let len = rng.between(size / step / 4, size / step) * step;
         let longer = size + rng.below(3) * (64 << 10);
         vec![Op::Shrink { len }, Op::Grow { len: longer }]
     });
+}
+
+/// Puts what `draw` gives between the requests, up to `most` times; some of those lie between its
+/// parts.
+fn strew(script: &mut Script, rng: &mut Rng, most: u64, draw: &dyn Fn(&mut Rng) -> Vec<Op>) {
+    for _ in 0..rng.between(1, most) {
+        let mut at = rng.below(script.ops.len() as u64 + 1);
+        for op in draw(rng) {
+            let index = usize::try_from(at).expect("an index");
+            script.ops.insert(index, op);
+            at = rng.between(at + 1, (at + 20).min(script.ops.len() as u64));
+        }
+    }
 }
 
 #[cfg(test)]
