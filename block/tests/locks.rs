@@ -323,6 +323,59 @@ fn a_file_that_was_passed_in_is_locked() {
     world.end();
 }
 
+/// Locks belong to the open file description: whoever closes another descriptor of the file, or a
+/// duplicate of ours, takes none of them away (locks of a process would be gone), nor does a child
+/// that had a duplicate and ends. Closing the image gives them back though a child still has one.
+/// (Reliability: locking and ownership.)
+#[test]
+fn duplicates_and_children_neither_lose_nor_keep_locks() {
+    if !has_reference() {
+        return;
+    }
+    /// A process with this descriptor, which ends when its input is closed.
+    fn child_with(file: &File) -> Child {
+        Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::from(file.try_clone().unwrap()))
+            .spawn()
+            .unwrap()
+    }
+    fn end(mut child: Child) {
+        drop(child.stdin.take());
+        assert!(child.wait().unwrap().success());
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk");
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&image)
+        .arg("1M")
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let told = || shape(&Reference::complaint(&image, "qcow2", &[]), &image);
+    let world = world();
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    let passed = Options::new()
+        .with("driver", "storage")
+        .with("file.driver", "file")
+        .with_fd("file.fd", file.try_clone().unwrap().into());
+    let holder = world.open(passed).unwrap();
+    let want = told();
+    assert!(want.contains("lock"), "we hold it: {want}");
+    drop(File::open(&image).unwrap());
+    assert_eq!(told(), want, "the process closed another description");
+    end(child_with(&file));
+    assert_eq!(told(), want, "a child closed a duplicate by ending");
+    let child = child_with(&file);
+    drop(file);
+    assert_eq!(told(), want, "the caller closed its duplicate");
+    world.close(holder).unwrap();
+    assert_eq!(told(), "", "closed, while a child has a duplicate");
+    end(child);
+    world.end();
+}
+
 /// A refused open leaves no lock behind.
 #[test]
 fn a_refused_open_leaves_no_lock() {
