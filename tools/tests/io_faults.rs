@@ -1,6 +1,7 @@
-//! Promise: where the kernel itself refuses to write (a file may not grow, a file system is full),
-//! the request that met it is told why, what had been flushed is there, and the image is sound and
-//! goes on working. (Reliability R10; `reliability.rs` of the suite has simulated failures.)
+//! Promise: where the kernel itself refuses to write (a file may not grow, a file system is full, a
+//! disk is broken), the request that met it is told why, what had been flushed is there, and the
+//! image is sound and goes on working. (Reliability R10; `reliability.rs` of the suite has simulated
+//! failures.)
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -50,47 +51,62 @@ fn fill(folder: &Path, start: impl Fn() -> Command, refusal: &str) {
         must(&[
             "img", "create", "-q", "-f", "qcow2", "-o", &shape, image, "64M",
         ]);
-        let mut io = start();
-        io.args(["-f", "qcow2"]).args(options);
-        for number in 0..WRITES {
-            let write = format!("write -f -P {} {} {LEN}", number + 1, number * LEN);
-            io.args(["-c", &write]);
-        }
-        // In place: needs no room.
-        io.args(["-c", &format!("write -f -P {LAST} 0 {LEN}")]);
-        let (text, status) = run(io.arg(image));
+        let (text, status) = run(writes(&mut start(), options).arg(image));
         assert_eq!(status, Some(1), "{name}: {text}");
-        let told: Vec<bool> = text
-            .lines()
-            .filter(|line| !line.starts_with("64 KiB, 1 ops"))
-            .map(
-                |line| match line.starts_with("wrote 65536/65536 bytes at") {
-                    false if line == format!("write failed: {refusal}") => false,
-                    wrote => {
-                        assert!(wrote, "{name}: {line}");
-                        true
-                    }
-                },
-            )
-            .collect();
-        assert_eq!(told.len() as u64, WRITES + 1, "{name}: {text}");
+        let told = told(&name, &text, refusal);
         let written = told.iter().filter(|wrote| **wrote).count();
         assert!(written > 20 && told.len() - written > 5, "{name}: {text}");
         assert!(told[0] && told[told.len() - 1], "{name}: {text}");
-
-        must(&["img", "check", "-q", "-f", "qcow2", image]);
-        let mut io = Command::new(coblock());
-        io.args(["io", "-r", "-f", "qcow2"]);
-        io.args(["-c", &format!("read -P {LAST} 0 {LEN}")]);
-        for (number, _) in (0..WRITES).zip(&told).skip(1).filter(|(_, wrote)| **wrote) {
-            let read = format!("read -P {} {} {LEN}", number + 1, number * LEN);
-            io.args(["-c", &read]);
-        }
-        let (text, status) = run(io.arg(image));
-        let differs = text.contains("verification failed");
-        assert!(status == Some(0) && !differs, "{name}: {text}");
+        look(&name, image, &told);
         std::fs::remove_file(image).unwrap();
     }
+}
+
+/// Adds the writes to a `coblock io`: each in its place and on stable storage when it returns; in
+/// the end once more in the place of the first, which needs no room.
+fn writes<'io>(io: &'io mut Command, options: &[&str]) -> &'io mut Command {
+    io.args(["-f", "qcow2"]).args(options);
+    for number in 0..WRITES {
+        let write = format!("write -f -P {} {} {LEN}", number + 1, number * LEN);
+        io.args(["-c", &write]);
+    }
+    io.args(["-c", &format!("write -f -P {LAST} 0 {LEN}")])
+}
+
+/// What each of them was told: done, or else `refusal`.
+fn told(name: &str, text: &str, refusal: &str) -> Vec<bool> {
+    let told: Vec<bool> = text
+        .lines()
+        .filter(|line| !line.starts_with("64 KiB, 1 ops"))
+        .map(
+            |line| match line.starts_with("wrote 65536/65536 bytes at") {
+                false if line == format!("write failed: {refusal}") => false,
+                wrote => {
+                    assert!(wrote, "{name}: {line}");
+                    true
+                }
+            },
+        )
+        .collect();
+    assert_eq!(told.len() as u64, WRITES + 1, "{name}: {text}");
+    told
+}
+
+/// The image is sound, and what was told to be on stable storage is there.
+fn look(name: &str, image: &str, told: &[bool]) {
+    must(&["img", "check", "-q", "-f", "qcow2", image]);
+    let mut io = Command::new(coblock());
+    io.args(["io", "-r", "-f", "qcow2"]);
+    if told.last() == Some(&true) {
+        io.args(["-c", &format!("read -P {LAST} 0 {LEN}")]);
+    }
+    for (number, _) in (0..WRITES).zip(told).skip(1).filter(|(_, wrote)| **wrote) {
+        let read = format!("read -P {} {} {LEN}", number + 1, number * LEN);
+        io.args(["-c", &read]);
+    }
+    let (text, status) = run(io.arg(image));
+    let differs = text.contains("verification failed");
+    assert!(status == Some(0) && !differs, "{name}: {text}");
 }
 
 /// A file that may not grow: RLIMIT_FSIZE, with its signal ignored.
@@ -157,4 +173,125 @@ fn a_file_system_that_is_full() {
         io
     };
     fill(&mounted.0, start, "No space left on device");
+}
+
+/// A file on a disk that breaks, mounted by the reference's daemon: each of `SECTORS` refuses one
+/// write.
+struct Broken(std::process::Child);
+
+/// Half a MiB apart, behind the tables of an empty image.
+const SECTORS: std::ops::Range<u64> = 1..8;
+
+impl Broken {
+    /// Mounts `file` at `at`; why not, where this machine has no such thing for us.
+    fn new(file: &Path, at: &Path) -> Result<Self, String> {
+        std::fs::write(at, []).unwrap();
+        let errors: Vec<String> = SECTORS
+            .map(|number| {
+                let sector = number * (512 << 10) / 512;
+                format!(
+                    r#"{{"event":"none","iotype":"write","errno":5,"sector":{sector},"once":true}}"#
+                )
+            })
+            .collect();
+        let disk = format!(
+            r#"{{"driver":"blkdebug","node-name":"disk","image":"file","inject-error":[{}]}}"#,
+            errors.join(",")
+        );
+        let pid = at.with_extension("pid");
+        let mut daemon = Command::new("qemu-storage-daemon")
+            .arg("--blockdev")
+            .arg(format!(
+                "driver=file,node-name=file,filename={}",
+                file.display()
+            ))
+            .args(["--blockdev", &disk, "--export"])
+            .arg(format!(
+                "type=fuse,id=export,node-name=disk,mountpoint={},writable=on,growable=on",
+                at.display()
+            ))
+            .arg("--pidfile")
+            .arg(&pid)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|e| format!("qemu-storage-daemon: {e}"))?;
+        // Written when everything above is there.
+        for _ in 0..6000 {
+            if pid.exists() {
+                return Ok(Self(daemon));
+            }
+            if daemon.try_wait().unwrap().is_some() {
+                let output = daemon.wait_with_output().unwrap();
+                return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        daemon.kill().unwrap();
+        panic!("a minute, and the daemon is not ready");
+    }
+}
+
+impl Drop for Broken {
+    fn drop(&mut self) {
+        let asked = Command::new("kill").arg(self.0.id().to_string()).status();
+        assert!(asked.unwrap().success() && self.0.wait().unwrap().success());
+    }
+}
+
+/// A disk that breaks below a file system in user space. With direct I/O those requests fail that
+/// meet it, and no other; in the page cache, the flush after it and every one from then on (decision
+/// 0004).
+#[test]
+fn a_disk_that_breaks() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (file, at) = (
+        folder.path().join("image.qcow2"),
+        folder.path().join("mounted"),
+    );
+    let image = file.to_str().unwrap();
+    for (cluster, options, direct) in [
+        ("64k", &["-t", "none"][..], true),
+        ("4k", &["-t", "none", "-i", "threads"], true),
+        ("64k", &["-t", "writeback"], false),
+    ] {
+        let name = format!("clusters of {cluster}, {options:?}");
+        let shape = format!("cluster_size={cluster}");
+        must(&[
+            "img", "create", "-q", "-f", "qcow2", "-o", &shape, image, "64M",
+        ]);
+        let broken = match Broken::new(&file, &at) {
+            Ok(broken) => broken,
+            Err(why) => {
+                println!("SKIPPED: no disk that breaks: {why}");
+                return;
+            }
+        };
+        let (text, status) = run(writes(Command::new(coblock()).arg("io"), options).arg(&at));
+        drop(broken);
+        assert_eq!(status, Some(1), "{name}: {text}");
+        let told = told(&name, &text, "Input/output error");
+        let failed = told.iter().filter(|wrote| !**wrote).count();
+        assert!(told[0], "{name}: {text}");
+        if direct {
+            let broken = usize::try_from(SECTORS.end - SECTORS.start).unwrap();
+            assert!((3..=broken).contains(&failed), "{name}: {text}");
+        } else {
+            let first = told.iter().position(|wrote| !wrote).unwrap();
+            assert!(told[first..].iter().all(|wrote| !wrote), "{name}: {text}");
+        }
+        look(&name, image, &told);
+        // The broken sectors work again: so does the image.
+        must(&[
+            "io",
+            "-f",
+            "qcow2",
+            "-c",
+            "write 0 60M",
+            "-c",
+            "flush",
+            image,
+        ]);
+        must(&["img", "check", "-q", "-f", "qcow2", image]);
+    }
 }
