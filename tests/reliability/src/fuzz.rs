@@ -30,7 +30,8 @@ use super::targets;
 pub struct Target {
     pub name: &'static str,
     pub run: fn(&[u8]) -> String,
-    mutate: fn(&mut Vec<u8>, &mut Rng),
+    /// Changes an input a little, by what the target's bytes mean.
+    pub mutate: fn(&mut Vec<u8>, &mut Rng),
     /// What there is to mutate from besides the corpus.
     bases: fn() -> Vec<Vec<u8>>,
 }
@@ -57,9 +58,9 @@ pub const TARGETS: &[Target] = &[
     },
     Target {
         name: "compressed",
-        run: targets::compressed,
-        mutate: mutate_bytes,
-        bases: targets::streams,
+        run: targets::compressed::compressed,
+        mutate: targets::compressed::mutate,
+        bases: targets::compressed::bases,
     },
 ];
 
@@ -112,18 +113,19 @@ pub fn corpus_folder(target: &str) -> PathBuf {
 
 /// The committed corpus of a target, by name; empty where there is none.
 pub fn corpus(target: &str) -> Vec<(String, Vec<u8>)> {
-    let Ok(entries) = std::fs::read_dir(corpus_folder(target)) else {
-        return Vec::new();
-    };
-    let mut files: Vec<_> = entries
-        .map(|entry| entry.expect("readable").path())
-        .map(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            (name.into_owned(), std::fs::read(&path).expect("readable"))
-        })
-        .collect();
+    inputs(&corpus_folder(target)).unwrap_or_default()
+}
+
+/// The files of a folder, by name.
+fn inputs(folder: &Path) -> std::io::Result<Vec<(String, Vec<u8>)>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        files.push((name.into_owned(), std::fs::read(&path)?));
+    }
     files.sort();
-    files
+    Ok(files)
 }
 
 /// The target of that name.
@@ -152,10 +154,17 @@ pub struct Fuzzed {
 
 /// Gives `target` so many inputs. Ends early after ten findings.
 pub fn fuzz(target: &Target, executions: u64, seed: u64) -> Fuzzed {
+    fuzz_from(target, Vec::new(), executions, seed)
+}
+
+/// The same, with more inputs to mutate from, which may be kept themselves.
+pub fn fuzz_from(target: &Target, more: Vec<Vec<u8>>, executions: u64, seed: u64) -> Fuzzed {
     let mut rng = Rng::new(seed);
     let mut pool: Vec<Vec<u8>> = corpus(target.name).into_iter().map(|(_, b)| b).collect();
     pool.extend((target.bases)());
     let (mut seen, mut out) = (BTreeSet::new(), Fuzzed::default());
+    let ours = pool.len() as u64;
+    pool.extend(more);
     let planned = pool.len() as u64;
     for number in 0..executions.max(planned) {
         let input = if number < planned {
@@ -169,9 +178,12 @@ pub fn fuzz(target: &Target, executions: u64, seed: u64) -> Fuzzed {
         out.executions += 1;
         match catch_unwind(AssertUnwindSafe(|| (target.run)(&input))) {
             Ok(signature) => {
-                if seen.insert(signature) && number >= planned && pool.len() < POOL_MAX {
-                    out.kept.push(input.clone());
-                    pool.push(input);
+                let is_new = seen.insert(signature) && number >= ours;
+                if is_new && number >= planned && pool.len() < POOL_MAX {
+                    pool.push(input.clone());
+                }
+                if is_new && out.kept.len() < POOL_MAX {
+                    out.kept.push(input);
                 }
             }
             Err(panic) => {
@@ -186,13 +198,15 @@ pub fn fuzz(target: &Target, executions: u64, seed: u64) -> Fuzzed {
     out
 }
 
-/// `reliability fuzz --target T --executions N --seed S [--keep]`: prints a line for each target;
-/// true if nothing was found. With `--keep` the corpus is made anew from what was found.
+/// `reliability fuzz --target T --executions N --seed S [--from FOLDER] [--keep]`: prints a line for
+/// each target; true if nothing was found. Inputs of the folder, such as libFuzzer leaves, come
+/// first. With `--keep` the corpus grows by what was told something new.
 ///
 /// # Errors
 /// Words that mean nothing, files that cannot be written.
 pub fn run(words: &[String]) -> Result<bool, String> {
     let (mut name, mut executions, mut seed, mut keep) = (None, 100_000, 1, false);
+    let mut more = Vec::new();
     let mut words = words.iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(format!("{word} needs a value"));
@@ -200,11 +214,16 @@ pub fn run(words: &[String]) -> Result<bool, String> {
             "--target" => name = Some(value()?.clone()),
             "--executions" => executions = value()?.parse().map_err(|e| format!("{word}: {e}"))?,
             "--seed" => seed = value()?.parse().map_err(|e| format!("{word}: {e}"))?,
+            "--from" => {
+                let folder = value()?;
+                let files = inputs(Path::new(folder)).map_err(|e| format!("{folder}: {e}"))?;
+                more.extend(files.into_iter().map(|(_, bytes)| bytes));
+            }
             "--keep" => keep = true,
             other => {
                 return Err(format!(
                     "unknown option '{other}'\n\n\
-                     Usage: cargo xtask fuzz [--target T] [--executions N] [--seed S] [--keep]"
+                     Usage: cargo xtask fuzz [--target T] [--executions N] [--seed S] [--from FOLDER] [--keep]"
                 ));
             }
         }
@@ -216,7 +235,7 @@ pub fn run(words: &[String]) -> Result<bool, String> {
     let mut clean = true;
     for target in chosen {
         let began = std::time::Instant::now();
-        let out = fuzz(target, executions, seed);
+        let out = fuzz_from(target, more.clone(), executions, seed);
         let seconds = began.elapsed().as_secs_f64();
         for (number, (why, input)) in out.findings.iter().enumerate() {
             let path = std::env::temp_dir().join(format!("{}-{seed}-{number}", target.name));

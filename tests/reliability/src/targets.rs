@@ -18,6 +18,8 @@ use super::session::Session;
 use super::sim;
 use super::soundness;
 
+pub mod compressed;
+
 /// In memory, in real time: compressed clusters are inflated by threads.
 fn session() -> Session {
     Session::with(ContextOptions {
@@ -254,73 +256,4 @@ pub fn options(bytes: &[u8]) -> String {
         Err(error) => shape(&format!("{error:?}")),
     };
     format!("{} {valid} {json}", pairs.iter().count().min(6))
-}
-
-/// The first byte chooses the method, the others are the compressed data of one cluster.
-///
-/// # Panics
-/// A finding.
-pub fn compressed(bytes: &[u8]) -> String {
-    const AT: u64 = 16 << 10;
-    let setting = Setting {
-        cluster_bits: 12,
-        size: 64 << 10,
-        ..Setting::default()
-    };
-    let zstd = bytes.first().is_some_and(|byte| byte & 1 == 1);
-    let data = bytes.get(1..).unwrap_or_default();
-    let data = &data[..data.len().min(4096)];
-    let disk = SimDisk::with_contents(&image::empty(&setting, None));
-    // A header that has the compression type.
-    disk.poke(100, &112_u32.to_be_bytes());
-    if zstd {
-        disk.poke(79, &[8]);
-        disk.poke(104, &[1]);
-    }
-    let header = soundness::header(&disk);
-    let l1 = header.l1_offset.get();
-    // An L2 table behind everything, and the data behind that.
-    disk.poke(l1, &(AT | 1 << 63).to_be_bytes());
-    let host = AT + 4096;
-    let sectors = (data.len() as u64).div_ceil(512).max(1) - 1;
-    let entry = 1 << 62 | sectors << (62 - (12 - 8)) | host;
-    disk.poke(AT, &[0; 4096]);
-    disk.poke(AT, &entry.to_be_bytes());
-    disk.poke(host, &[0; 4096]);
-    disk.poke(host, data);
-    let session = session();
-    let options = sim::image(&disk).with("read-only", "on");
-    let backend = session.open(options, &DenyAll).expect("a sound header");
-    let mut cluster = vec![0xee; 4096];
-    let read = session
-        .home
-        .run(|co| backend.pread(co, 0, &mut cluster[..]));
-    let told = match &read {
-        Ok(()) => format!("good, {} different bytes", {
-            let kinds: std::collections::BTreeSet<u8> = cluster.into_iter().collect();
-            kinds.len().min(8)
-        }),
-        Err(error) => shape(error.message()),
-    };
-    session.close(backend);
-    session.end();
-    format!("{zstd} {told}")
-}
-
-/// Streams that are valid, in both methods: one stored block, one of a repeated byte.
-pub fn streams() -> Vec<Vec<u8>> {
-    let body: Vec<u8> = (0..4096_u32).map(|n| n.to_be_bytes()[3]).collect();
-    let mut stored = vec![0, 1, 0x00, 0x10, 0xff, 0xef];
-    stored.extend_from_slice(&body[..4090]);
-    stored.extend_from_slice(&body[4090..]);
-    // A frame of one segment, 4096 bytes; a last block of one byte, 4096 times.
-    let content = (4096_u16 - 256).to_le_bytes();
-    let block = |kind: u32| (4096_u32 << 3 | kind << 1 | 1).to_le_bytes();
-    let mut repeated = vec![1, 0x28, 0xb5, 0x2f, 0xfd, 0x60];
-    repeated.extend_from_slice(&content);
-    repeated.extend_from_slice(&block(1)[..3]);
-    repeated.push(0x41);
-    // The fixed code: one literal, and a distance of one over and over, as far as it goes.
-    let fixed = vec![0, 0x4b, 0x04, 0x00];
-    vec![stored, repeated, fixed, vec![0], vec![1]]
 }

@@ -1,0 +1,4 @@
+//! Bytes as the text of options and of JSON.
+#![no_main]
+
+coblock_fuzz::program!("options");
