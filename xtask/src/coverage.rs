@@ -92,6 +92,7 @@ fn test(host: &str, target: &Path, profiles: &Path) -> Outcome {
     // One file a process and program: processes that tests start are counted too.
     let status = cargo(host, target)
         .env("LLVM_PROFILE_FILE", profiles.join("%p-%m.profraw"))
+        .env("COBLOCK_TEST_INSTRUMENTED", "1")
         .status()
         .map_err(|e| format!("cannot run cargo: {e}"))?;
     match status.success() {
