@@ -160,6 +160,8 @@ fn asan(wanted: &Wanted<'_>) -> Outcome {
                 format!("{ASAN_OPTIONS}:log_path={}", log.display()),
             )
             .env("COBLOCK_TEST_INSTRUMENTED", "1")
+            // Frames are several times larger with marks around every local.
+            .env("RUST_MIN_STACK", "33554432")
             .arg("--quiet");
         ran += 1;
         if let Err(why) = timed(&format!("{ASAN}: {name}"), &mut command) {
