@@ -12,7 +12,6 @@ use crate::current::{Live, current, with_core};
 use crate::engine;
 use crate::fd_handler::FdHandler;
 use crate::medium::Medium;
-use crate::registered::FileRef;
 use crate::sys::file::{self, allocate as mode};
 use crate::sys::pending::Pending;
 use crate::transfer::{Next, finish_read, finish_write};
@@ -34,7 +33,7 @@ pub fn read(co: &Co, fd: BorrowedFd<'_>, offset: u64, mut buf: IoVecMut<'_>) -> 
     if len == 0 {
         return Ok(0);
     }
-    let result = engine::read(co, fd.into(), offset, &mut buf);
+    let result = engine::read(co, fd, offset, &mut buf);
     match usize::try_from(result) {
         Ok(count) if count == len => Ok(len),
         _ => read_rest(co, fd, offset, buf, result),
@@ -47,9 +46,9 @@ pub fn read(co: &Co, fd: BorrowedFd<'_>, offset: u64, mut buf: IoVecMut<'_>) -> 
 /// # Errors
 /// As [`read`].
 #[inline(always)]
-pub fn read_from<'f>(
+pub fn read_from(
     co: &Co,
-    file: impl Into<FileRef<'f>>,
+    fd: BorrowedFd<'_>,
     medium: Medium,
     offset: u64,
     mut buf: IoVecMut<'_>,
@@ -58,11 +57,10 @@ pub fn read_from<'f>(
     if len == 0 {
         return Ok(0);
     }
-    let file = file.into();
-    let result = engine::read_from(co, file, medium, offset, &mut buf);
+    let result = engine::read_from(co, fd, medium, offset, &mut buf);
     match usize::try_from(result) {
         Ok(count) if count == len => Ok(len),
-        _ => read_rest(co, file.fd(), offset, buf, result),
+        _ => read_rest(co, fd, offset, buf, result),
     }
 }
 
@@ -85,7 +83,7 @@ fn read_rest(
         if next.on_thread {
             engine::read_on_threads(co, fd, at, &mut rest)
         } else {
-            engine::read(co, fd.into(), at, &mut rest)
+            engine::read(co, fd, at, &mut rest)
         }
     };
     finish_read(offset, len, result, attempt, || file::len(fd))
@@ -102,7 +100,7 @@ pub fn write(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> io::Re
     if buf.is_empty() {
         return Ok(());
     }
-    let result = engine::write(co, fd.into(), offset, buf);
+    let result = engine::write(co, fd, offset, buf);
     match usize::try_from(result) {
         Ok(count) if count == buf.len() => Ok(()),
         _ => write_rest(co, fd, offset, buf, result),
@@ -115,9 +113,9 @@ pub fn write(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> io::Re
 /// # Errors
 /// As [`write`](fn@write).
 #[inline(always)]
-pub fn write_to<'f>(
+pub fn write_to(
     co: &Co,
-    file: impl Into<FileRef<'f>>,
+    fd: BorrowedFd<'_>,
     medium: Medium,
     offset: u64,
     buf: IoVec<'_>,
@@ -125,11 +123,10 @@ pub fn write_to<'f>(
     if buf.is_empty() {
         return Ok(());
     }
-    let file = file.into();
-    let result = engine::write_to(co, file, medium, offset, buf);
+    let result = engine::write_to(co, fd, medium, offset, buf);
     match usize::try_from(result) {
         Ok(count) if count == buf.len() => Ok(()),
-        _ => write_rest(co, file.fd(), offset, buf, result),
+        _ => write_rest(co, fd, offset, buf, result),
     }
 }
 
@@ -152,7 +149,7 @@ fn write_rest(
         if next.on_thread {
             engine::write_on_threads(co, fd, at, rest)
         } else {
-            engine::write(co, fd.into(), at, rest)
+            engine::write(co, fd, at, rest)
         }
     })
 }

@@ -429,16 +429,6 @@ impl AioContext {
         self.notify();
     }
 
-    /// The same, where nothing is lost if the context is closed, now or meanwhile.
-    pub(crate) fn post_unless_closed(&self, work: Work) {
-        if let Some(work) = current::post_local(self, work)
-            && !self.closed.load(Ordering::Relaxed)
-        {
-            self.remote.push(work);
-            self.notify();
-        }
-    }
-
     /// Completes operations in the next pass. From threads that are not the home.
     pub(crate) fn post_completions(&self, done: impl Iterator<Item = (Pending, i32)>) {
         let mut any = false;

@@ -16,12 +16,11 @@ use crate::buf::IoVec;
 use crate::context::AioContext;
 use crate::current::with_core;
 use crate::engine::{Engine, uring};
-use crate::registered::FileRef;
 use crate::sys::pending::{LentWrite, Pending, lend_write};
 use crate::thread_pool::{Job, Lasting};
 use coblock_coroutine::{Co, ThreadLock};
 use std::cell::{Cell, RefCell};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 
 /// Most completions that wait for each other.
@@ -164,7 +163,7 @@ enum Way {
 
 /// One attempt to write; `None`: the current context has no engine for it.
 #[inline(never)]
-pub(crate) fn write(co: &Co, file: FileRef<'_>, offset: u64, buf: IoVec<'_>) -> Option<i32> {
+pub(crate) fn write(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> Option<i32> {
     let way = with_core(|core| {
         let core = core.expect("I/O outside of every context: a coroutine of a home does I/O");
         let lanes = &core.lanes;
@@ -173,7 +172,7 @@ pub(crate) fn write(co: &Co, file: FileRef<'_>, offset: u64, buf: IoVec<'_>) -> 
             Engine::None => return None,
             Engine::Uring(_) if few => Way::Ring,
             Engine::Uring(_) | Engine::Threads => {
-                let (index, lane) = lanes.enter(file.fd().as_raw_fd(), &core.context);
+                let (index, lane) = lanes.enter(fd.as_raw_fd(), &core.context);
                 Way::Lane(index, lane)
             }
         };
@@ -181,9 +180,9 @@ pub(crate) fn write(co: &Co, file: FileRef<'_>, offset: u64, buf: IoVec<'_>) -> 
         Some(way)
     })?;
     let (lane, result) = match way {
-        Way::Ring => (None, uring::write(co, file, offset, buf)),
+        Way::Ring => (None, uring::write(co, fd, offset, buf)),
         Way::Lane(index, lane) => {
-            let result = lend_write(co, file.fd(), offset, buf, |write| lane.push(write));
+            let result = lend_write(co, fd, offset, buf, |write| lane.push(write));
             (Some(index), Some(result))
         }
     };

@@ -24,7 +24,6 @@ use crate::fd_handler::ReadyList;
 use crate::medium::Medium;
 use crate::monitor::Reported;
 use crate::notifier::EventNotifier;
-use crate::registered::FileRef;
 use crate::sys::event::Epoll;
 use at_once::at_once;
 use coblock_coroutine::Co;
@@ -174,10 +173,10 @@ fn on_threads(co: &Co, call: impl FnOnce() -> io::Result<usize> + Send) -> i32 {
 
 /// One attempt to read.
 #[inline(always)]
-pub(crate) fn read(co: &Co, file: FileRef<'_>, offset: u64, buf: &mut IoVecMut<'_>) -> i32 {
-    match uring::read(co, file, offset, buf) {
+pub(crate) fn read(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: &mut IoVecMut<'_>) -> i32 {
+    match uring::read(co, fd, offset, buf) {
         Some(result) => result,
-        None => read_on_threads(co, file.fd(), offset, buf),
+        None => read_on_threads(co, fd, offset, buf),
     }
 }
 
@@ -185,19 +184,19 @@ pub(crate) fn read(co: &Co, file: FileRef<'_>, offset: u64, buf: &mut IoVecMut<'
 #[inline(always)]
 pub(crate) fn read_from(
     co: &Co,
-    file: FileRef<'_>,
+    fd: BorrowedFd<'_>,
     medium: Medium,
     offset: u64,
     buf: &mut IoVecMut<'_>,
 ) -> i32 {
     let done = match medium {
         Medium::Device => None,
-        Medium::PageCache | Medium::PageCacheNowait => uring::read_cached(co, file, offset, buf),
-        Medium::Memory => read_memory(co, file.fd(), offset, buf),
+        Medium::PageCache | Medium::PageCacheNowait => uring::read_cached(co, fd, offset, buf),
+        Medium::Memory => read_memory(co, fd, offset, buf),
     };
     match done {
         Some(result) => result,
-        None => read(co, file, offset, buf),
+        None => read(co, fd, offset, buf),
     }
 }
 
@@ -222,10 +221,10 @@ pub(crate) fn read_on_threads(
 
 /// One attempt to write.
 #[inline(always)]
-pub(crate) fn write(co: &Co, file: FileRef<'_>, offset: u64, buf: IoVec<'_>) -> i32 {
-    match uring::write(co, file, offset, buf) {
+pub(crate) fn write(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> i32 {
+    match uring::write(co, fd, offset, buf) {
         Some(result) => result,
-        None => write_on_threads(co, file.fd(), offset, buf),
+        None => write_on_threads(co, fd, offset, buf),
     }
 }
 
@@ -233,19 +232,19 @@ pub(crate) fn write(co: &Co, file: FileRef<'_>, offset: u64, buf: IoVec<'_>) -> 
 #[inline(always)]
 pub(crate) fn write_to(
     co: &Co,
-    file: FileRef<'_>,
+    fd: BorrowedFd<'_>,
     medium: Medium,
     offset: u64,
     buf: IoVec<'_>,
 ) -> i32 {
     let done = match medium {
         Medium::Device | Medium::PageCacheNowait => None,
-        Medium::PageCache => lane::write(co, file, offset, buf),
-        Medium::Memory => write_memory(co, file.fd(), offset, buf),
+        Medium::PageCache => lane::write(co, fd, offset, buf),
+        Medium::Memory => write_memory(co, fd, offset, buf),
     };
     match done {
         Some(result) => result,
-        None => write(co, file, offset, buf),
+        None => write(co, fd, offset, buf),
     }
 }
 

@@ -22,7 +22,6 @@
 //!   enters the kernel (`DEFER_TASKRUN`, else `COOP_TASKRUN`, each with `TASKRUN_FLAG`, so that a
 //!   poll that does not wait sees that it must enter).
 
-mod files;
 mod requests;
 
 pub(crate) use requests::{fallocate, poll, read, read_cached, sync, write};
@@ -36,9 +35,8 @@ use crate::notifier::EventNotifier;
 use crate::sys::event::Epoll;
 use crate::sys::file::read_at_nowait;
 use crate::sys::pending::Pending;
-use files::Files;
 use io_uring::cqueue::Entry as Done;
-use io_uring::squeue::{Entry, Flags};
+use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Timespec};
 use io_uring::{IoUring, opcode};
 use std::cell::{Cell, RefCell};
@@ -46,7 +44,6 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// User data of the poll of the epoll set; no IoWait has this address.
@@ -81,15 +78,10 @@ const EXT_ARG: libc::c_uint = 1 << 3;
 
 const SYS_ENTER: libc::c_long = libc::SYS_io_uring_enter;
 
-/// What the next ring is called, see [`Uring::id`].
-static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-
 /// A read that is held back, because it may be alone.
 #[derive(Clone, Copy)]
 struct Held {
     fd: RawFd,
-    /// What its entry calls the file.
-    target: (Fd, Flags),
     base: *mut u8,
     len: u32,
     offset: u64,
@@ -99,19 +91,14 @@ struct Held {
 
 impl Held {
     fn entry(&self) -> Entry {
-        let (file, flags) = self.target;
-        let read = opcode::Read::new(file, self.base, self.len);
-        let entry = read.offset(self.offset).build();
-        entry.flags(flags).user_data(self.data)
+        let read = opcode::Read::new(Fd(self.fd), self.base, self.len);
+        read.offset(self.offset).build().user_data(self.data)
     }
 }
 
 /// The ring of one home.
 pub(crate) struct Uring {
-    /// A number that no other ring of this process has or had.
-    id: u64,
     ring: RefCell<IoUring>,
-    files: Files,
     /// What `io_uring_enter` calls it: an index if it could be registered, else the descriptor.
     enter_fd: libc::c_int,
     enter_flags: libc::c_uint,
@@ -190,9 +177,7 @@ impl Uring {
             None => (ring.as_raw_fd(), 0),
         };
         Ok(Uring {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             ring: RefCell::new(ring),
-            files: Files::default(),
             enter_fd,
             enter_flags,
             held: Cell::new(None),
@@ -577,8 +562,7 @@ impl Uring {
 }
 
 impl Drop for Uring {
-    /// The thread's table would keep the ring, and with it all registered files, until the thread
-    /// ends.
+    /// The thread's table would keep the ring until the thread ends.
     fn drop(&mut self) {
         if self.enter_flags & REGISTERED_RING != 0
             && let Ok(index) = u32::try_from(self.enter_fd)

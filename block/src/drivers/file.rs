@@ -27,7 +27,7 @@ use crate::types::{
     align_down, align_up, bytes, in_memory,
 };
 use ahead::Ahead;
-use coblock_aio::{AlignedBuf, FileRef, IoVec, IoVecMut, Medium, RegisteredFile};
+use coblock_aio::{AlignedBuf, IoVec, IoVecMut, Medium};
 use coblock_coroutine::{Co, ThreadLock};
 use locks::Held;
 use probe::{Alignment, Found};
@@ -119,7 +119,6 @@ impl OpenDriver for OpenFile {
             next: ThreadLock::new(None),
             adopted,
             direct: wanted.direct,
-            registered: GraphCell::new(opening.graph(), RegisteredFile::new(file.as_fd())),
             file: GraphCell::new(opening.graph(), file),
         }))
     }
@@ -192,9 +191,6 @@ impl Wanted {
 }
 
 struct HostFile {
-    /// The file's place in the ring of the context that opened it. Before the file: it keeps that
-    /// open.
-    registered: GraphCell<Option<RegisteredFile>>,
     file: GraphCell<Arc<File>>,
     /// Ready to take its place, while the node becomes writable.
     next: ThreadLock<Option<Arc<File>>>,
@@ -238,7 +234,7 @@ impl HostFile {
         while at < end {
             let part = (end - at).min(piece);
             let source = IoVec::from(&zeros[..in_memory(part)]);
-            coblock_aio::co::write_to(co, self.target(graph), self.medium, at, source)?;
+            coblock_aio::co::write_to(co, self.fd(graph), self.medium, at, source)?;
             at += part;
         }
         if request == 1 {
@@ -250,12 +246,6 @@ impl HostFile {
     #[inline]
     fn fd<'g>(&'g self, graph: &'g impl GraphAccess) -> BorrowedFd<'g> {
         self.file.get(graph).as_fd()
-    }
-
-    /// What reads and writes go to.
-    #[inline(always)]
-    fn target<'g>(&'g self, graph: &'g GraphRead<'_>) -> FileRef<'g> {
-        FileRef::new(self.fd(graph), self.registered.get(graph).as_ref())
     }
 
     #[inline]
@@ -280,8 +270,8 @@ impl Driver for HostFile {
         _flags: RequestFlags,
     ) -> Result<()> {
         let len = buf.len();
-        let file = self.target(graph);
-        match coblock_aio::co::read_from(co, file, self.medium, offset, buf.reborrow()) {
+        let fd = self.fd(graph);
+        match coblock_aio::co::read_from(co, fd, self.medium, offset, buf.reborrow()) {
             Ok(read) => {
                 if read < len {
                     // The end of the file: padding, or somebody cut it. The rest is zeros.
@@ -304,7 +294,7 @@ impl Driver for HostFile {
         let end = offset + bytes(buf.len());
         self.ahead
             .before_write(co, self.file.get(graph), offset, end);
-        match coblock_aio::co::write_to(co, self.target(graph), self.medium, offset, buf) {
+        match coblock_aio::co::write_to(co, self.fd(graph), self.medium, offset, buf) {
             Ok(()) => {
                 self.grew_to(end);
                 Ok(())
@@ -571,8 +561,6 @@ impl Driver for HostFile {
         if let Some(held) = &self.locks {
             held.lock().move_to(&file);
         }
-        let registered = RegisteredFile::new(file.as_fd());
-        drop(self.registered.replace(graph, registered));
         drop(self.file.replace(graph, file));
     }
 

@@ -6,7 +6,6 @@ use super::{Held, Uring};
 use crate::buf::{IoVec, IoVecMut};
 use crate::current::with_core;
 use crate::engine::Engine;
-use crate::registered::FileRef;
 use crate::sys::file::SegmentArray;
 use crate::sys::pending::Pending;
 use coblock_coroutine::{Co, IoWait};
@@ -60,50 +59,11 @@ fn transfer_len(len: usize) -> u32 {
     u32::try_from(len.min(MAX_TRANSFER)).expect("at most 1 GiB")
 }
 
-/// The same for an entry on `file`, without its user data and without the flag for what the file is
-/// called in the ring.
-///
-/// # Safety
-/// As for [`request_entry`].
-#[inline(always)]
-unsafe fn request_on(
-    co: &Co,
-    what: &'static str,
-    file: FileRef<'_>,
-    entry: impl FnOnce(Fd) -> Entry,
-) -> Option<i32> {
-    let queue = |ring: &Uring, data| {
-        let (file, flags) = file.in_ring(ring.id);
-        // SAFETY: as in `request_entry`.
-        unsafe { ring.push(&entry(file).flags(flags).user_data(data)) };
-    };
-    // SAFETY: the caller's promise is the one that is asked for.
-    unsafe { request(co, what, queue) }
-}
-
 /// One attempt to read; `None`: the current context has no ring.
 #[inline(always)]
-pub(crate) fn read(co: &Co, file: FileRef<'_>, offset: u64, buf: &mut IoVecMut<'_>) -> Option<i32> {
-    if offset > MAX_OFFSET {
-        return Some(-libc::EINVAL);
-    }
-    let Some(segment) = buf.single() else {
-        return read_vectored(co, file, offset, buf);
-    };
-    let len = transfer_len(segment.len);
-    let entry = |file| {
-        let read = opcode::Read::new(file, segment.base, len);
-        read.offset(offset).build()
-    };
-    // SAFETY: `buf` is borrowed exclusively until this returns.
-    unsafe { request_on(co, "read", file, entry) }
-}
-
-/// One attempt to read what may lie in the page cache; `None`: the current context has no ring.
-#[inline(always)]
-pub(crate) fn read_cached(
+pub(crate) fn read(
     co: &Co,
-    file: FileRef<'_>,
+    fd: BorrowedFd<'_>,
     offset: u64,
     buf: &mut IoVecMut<'_>,
 ) -> Option<i32> {
@@ -111,16 +71,36 @@ pub(crate) fn read_cached(
         return Some(-libc::EINVAL);
     }
     let Some(segment) = buf.single() else {
-        return read_vectored(co, file, offset, buf);
+        return read_vectored(co, fd, offset, buf);
     };
-    let (fd, len) = (file.fd().as_raw_fd(), transfer_len(segment.len));
+    let (fd, len) = (Fd(fd.as_raw_fd()), transfer_len(segment.len));
+    let entry = opcode::Read::new(fd, segment.base, len)
+        .offset(offset)
+        .build();
+    // SAFETY: `buf` is borrowed exclusively until this returns.
+    unsafe { request_entry(co, "read", entry) }
+}
+
+/// One attempt to read what may lie in the page cache; `None`: the current context has no ring.
+#[inline(always)]
+pub(crate) fn read_cached(
+    co: &Co,
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    buf: &mut IoVecMut<'_>,
+) -> Option<i32> {
+    if offset > MAX_OFFSET {
+        return Some(-libc::EINVAL);
+    }
+    let Some(segment) = buf.single() else {
+        return read_vectored(co, fd, offset, buf);
+    };
+    let (fd, len) = (fd.as_raw_fd(), transfer_len(segment.len));
     let queue = |ring: &Uring, data| {
-        let target = file.in_ring(ring.id);
         // SAFETY: the user data was just made from a Pending; the rest as in `request_entry`.
         unsafe {
             ring.hold(Held {
                 fd,
-                target,
                 base: segment.base,
                 len,
                 offset,
@@ -133,43 +113,42 @@ pub(crate) fn read_cached(
 }
 
 #[inline(never)]
-fn read_vectored(co: &Co, file: FileRef<'_>, offset: u64, buf: &mut IoVecMut<'_>) -> Option<i32> {
+fn read_vectored(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: &mut IoVecMut<'_>) -> Option<i32> {
     let list = SegmentArray::collect(buf.segments());
-    let entry = |file| {
-        let read = opcode::Readv::new(file, list.as_ptr(), list.count());
-        read.offset(offset).build()
-    };
+    let fd = Fd(fd.as_raw_fd());
+    let entry = opcode::Readv::new(fd, list.as_ptr(), list.count())
+        .offset(offset)
+        .build();
     // SAFETY: `buf` is borrowed exclusively, and `list` lives, until this returns.
-    unsafe { request_on(co, "read", file, entry) }
+    unsafe { request_entry(co, "read", entry) }
 }
 
 /// One attempt to write; `None`: the current context has no ring.
 #[inline(always)]
-pub(crate) fn write(co: &Co, file: FileRef<'_>, offset: u64, buf: IoVec<'_>) -> Option<i32> {
+pub(crate) fn write(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> Option<i32> {
     if offset > MAX_OFFSET {
         return Some(-libc::EINVAL);
     }
     let Some(segment) = buf.single() else {
-        return write_vectored(co, file, offset, buf);
+        return write_vectored(co, fd, offset, buf);
     };
-    let len = transfer_len(segment.len);
-    let entry = |file| {
-        let write = opcode::Write::new(file, segment.base, len);
-        write.offset(offset).build()
-    };
+    let (fd, len) = (Fd(fd.as_raw_fd()), transfer_len(segment.len));
+    let entry = opcode::Write::new(fd, segment.base, len)
+        .offset(offset)
+        .build();
     // SAFETY: `buf` is borrowed until this returns.
-    unsafe { request_on(co, "write", file, entry) }
+    unsafe { request_entry(co, "write", entry) }
 }
 
 #[inline(never)]
-fn write_vectored(co: &Co, file: FileRef<'_>, offset: u64, buf: IoVec<'_>) -> Option<i32> {
+fn write_vectored(co: &Co, fd: BorrowedFd<'_>, offset: u64, buf: IoVec<'_>) -> Option<i32> {
     let list = SegmentArray::collect(buf.segments());
-    let entry = |file| {
-        let write = opcode::Writev::new(file, list.as_ptr(), list.count());
-        write.offset(offset).build()
-    };
+    let fd = Fd(fd.as_raw_fd());
+    let entry = opcode::Writev::new(fd, list.as_ptr(), list.count())
+        .offset(offset)
+        .build();
     // SAFETY: `buf` is borrowed, and `list` lives, until this returns.
-    unsafe { request_on(co, "write", file, entry) }
+    unsafe { request_entry(co, "write", entry) }
 }
 
 /// One attempt to sync; `None`: the current context has no ring.
