@@ -9,7 +9,8 @@
 //! What changes counts ([`Quiesced`]) is under one lock per graph, so that edges may come and go
 //! from any context meanwhile. The waiting side ([`Watch`]) announces itself in each table that it
 //! looks at, pays one heavy fence for all of them, and looks at everything anew whenever something
-//! ended: edges may have changed (rule 5.11).
+//! ended: edges may have changed (rule 5.11). Where nobody is busy to begin with it announces nothing:
+//! one fence and one look are all.
 //!
 //! A section is no lock (rule 5.3): its owner sends requests through nodes, or through a user that
 //! does not queue; others open their own sections.
@@ -39,6 +40,10 @@ pub(crate) trait Parent: Send + Sync {
     fn drained_end(&self, section: &mut Section<'_>);
     /// Adds who must become idle above this edge.
     fn collect(self: Arc<Self>, section: &mut Section<'_>, busy: &mut Collected);
+    /// What a section of all nodes looks at besides the nodes: this, if it is a user.
+    fn as_user(&self) -> Option<&dyn Busy> {
+        None
+    }
     /// Where it leads to.
     fn end(&self) -> &End;
     /// The node above, if this is an edge that has one.
@@ -232,11 +237,11 @@ impl Quiesced {
             Scope::All(graph) => {
                 *section.all += 1;
                 let mut devices = Vec::new();
-                for node in graph.all_nodes() {
-                    node.quiesce(section);
-                    devices.extend(node.parents(section).iter().filter_map(|p| p.device()));
-                    section.nodes.push(node);
+                let nodes = graph.all_nodes();
+                for node in &nodes {
+                    node.quiesce_with_devices(section, &mut devices);
                 }
+                section.nodes.extend(nodes);
                 devices
             }
         });
@@ -256,10 +261,11 @@ impl Drop for Quiesced {
             Scope::Node(node, _) => node.unquiesce(section),
             Scope::All(graph) => {
                 *section.all -= 1;
-                for node in graph.all_nodes() {
+                let nodes = graph.all_nodes();
+                for node in &nodes {
                     node.unquiesce(section);
-                    section.nodes.push(node);
                 }
+                section.nodes.extend(nodes);
             }
         });
     }
@@ -393,6 +399,43 @@ pub struct Target<'a> {
     operations_of: Option<&'a BlockBackend>,
 }
 
+impl Target<'_> {
+    /// Is nobody busy? Asked once, with parents quiesced: from then on it stays so.
+    fn is_idle(&self) -> bool {
+        heavy_fence();
+        let idle = |busy: &dyn Busy| !self.is_busy_otherwise(busy) && busy.table().is_idle();
+        match &self.scope {
+            Scope::Node(..) => self.scope.collect().list.iter().all(|busy| idle(&**busy)),
+            // No list of them: every edge's node above is one of all, too.
+            Scope::All(graph) => graph.section(|section| {
+                let nodes = graph.all_nodes();
+                let is_idle = nodes.iter().all(|node| {
+                    let mut users_are = true;
+                    node.each_parent(section, |parent, _| {
+                        users_are &= parent.as_user().is_none_or(idle);
+                    });
+                    users_are && idle(&**node)
+                });
+                section.nodes.extend(nodes);
+                is_idle
+            }),
+        }
+    }
+
+    /// Busy with what is in no table.
+    fn is_busy_otherwise(&self, busy: &dyn Busy) -> bool {
+        busy.is_busy_otherwise() || self.has_operations(busy)
+    }
+
+    /// Rule 5.6: only the user's own section waits for them.
+    fn has_operations(&self, busy: &dyn Busy) -> bool {
+        let Some(backend) = self.operations_of else {
+            return false;
+        };
+        std::ptr::eq(busy.table(), backend.requests()) && backend.operations() > 0
+    }
+}
+
 impl Drain for Arc<Node> {
     fn target(&self) -> Target<'_> {
         Target {
@@ -431,6 +474,9 @@ fn in_coroutine(
         "rule 5.11: {co:?} drains with a graph guard held"
     );
     let quiesced = quiesce_in_main(&target.scope, co);
+    if target.is_idle() {
+        return Ok(Drained { quiesced });
+    }
     let limit = Limit::new(
         target.scope.graph(),
         limit,
@@ -478,6 +524,9 @@ fn outside(target: &Target<'_>, limit: Option<Duration>) -> Result<Drained, Drai
         main.name()
     );
     let quiesced = Quiesced::begin(target.scope.clone());
+    if target.is_idle() {
+        return Ok(Drained { quiesced });
+    }
     let limit = Limit::new(graph, limit, Wake::Outside(wait.clone()));
     let mut watch = Watch::new(target);
     let mut busy = false;
@@ -570,7 +619,7 @@ impl<'a> Watch<'a> {
         self.unlist();
         for busy in self.look() {
             let table = busy.table();
-            let others = || busy.is_busy_otherwise() || self.has_operations(&*busy);
+            let others = || self.target.is_busy_otherwise(&*busy);
             // In this order: who was held back goes from the one to the other.
             if !others() && table.is_idle() {
                 continue;
@@ -581,14 +630,6 @@ impl<'a> Watch<'a> {
             }
         }
         false
-    }
-
-    /// Rule 5.6: only the user's own section waits for them.
-    fn has_operations(&self, busy: &dyn Busy) -> bool {
-        let Some(backend) = self.target.operations_of else {
-            return false;
-        };
-        std::ptr::eq(busy.table(), backend.requests()) && backend.operations() > 0
     }
 
     fn is_listed(&self) -> bool {
@@ -606,7 +647,7 @@ impl<'a> Watch<'a> {
         let busy = self
             .look()
             .into_iter()
-            .filter_map(|busy| busy_with(&*busy, self.has_operations(&*busy)));
+            .filter_map(|busy| busy_with(&*busy, self.target.has_operations(&*busy)));
         DrainTimeout {
             busy: busy.collect(),
         }

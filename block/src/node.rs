@@ -7,6 +7,7 @@
 //! backends. When the last one goes, [`close_unused`] closes it and then, one after the other and
 //! without recursion, what only it used.
 
+use crate::backend::Device;
 use crate::child::Child;
 use crate::drain::{Busy, Collected, Parent, Section};
 use crate::driver::Driver;
@@ -459,9 +460,25 @@ impl Node {
     /// Rule 5.1: on the first level parents send nothing new, then the driver.
     pub(crate) fn quiesce(&self, section: &mut Section<'_>) {
         if self.sections.fetch_add(1, Ordering::Relaxed) == 0 {
-            for parent in self.parents(section) {
+            self.each_parent(section, |parent, section| parent.drained_begin(section));
+            self.driver.drained_begin();
+        }
+    }
+
+    /// The same; on any level `devices` gets those of its users.
+    pub(crate) fn quiesce_with_devices(
+        &self,
+        section: &mut Section<'_>,
+        devices: &mut Vec<Arc<dyn Device>>,
+    ) {
+        let is_first = self.sections.fetch_add(1, Ordering::Relaxed) == 0;
+        self.each_parent(section, |parent, section| {
+            if is_first {
                 parent.drained_begin(section);
             }
+            devices.extend(parent.device());
+        });
+        if is_first {
             self.driver.drained_begin();
         }
     }
@@ -476,9 +493,7 @@ impl Node {
         );
         if before == 1 {
             self.driver.drained_end();
-            for parent in self.parents(section) {
-                parent.drained_end(section);
-            }
+            self.each_parent(section, |parent, section| parent.drained_end(section));
         }
     }
 
@@ -494,12 +509,29 @@ impl Node {
         parents
     }
 
+    /// Calls `f` with those that live, and keeps them alive until the lock of sections is let go.
+    pub(crate) fn each_parent(
+        &self,
+        section: &mut Section<'_>,
+        mut f: impl FnMut(&Arc<dyn Parent>, &mut Section<'_>),
+    ) {
+        // In the list itself: sections of many nodes would allocate for each.
+        let mut seen = std::mem::take(&mut section.parents);
+        let before = seen.len();
+        seen.extend(self.parents.lock().iter().filter_map(Weak::upgrade));
+        for parent in &seen[before..] {
+            f(parent, section);
+        }
+        seen.append(&mut section.parents);
+        section.parents = seen;
+    }
+
     /// Adds this node and everything above it.
     pub(crate) fn collect_busy(self: &Arc<Node>, section: &mut Section<'_>, busy: &mut Collected) {
         if busy.add(self) {
-            for parent in self.parents(section) {
-                parent.collect(section, busy);
-            }
+            self.each_parent(section, |parent, section| {
+                parent.clone().collect(section, busy)
+            });
         }
     }
 

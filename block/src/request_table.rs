@@ -278,9 +278,14 @@ pub struct InFlight {
 pub struct RequestTable {
     special: Special,
     waiters: Waiters,
+    /// Bit i: `rows[i]` is there, or about to be. Sections look at many tables, most of them with
+    /// few rows.
+    used: AtomicU64,
     waits: ThreadLock<Waits>,
     rows: [OnceLock<Box<Row>>; MAX_CONTEXTS],
 }
+
+const _: () = assert!(MAX_CONTEXTS <= u64::BITS as usize, "a bit for each row");
 
 impl Default for RequestTable {
     fn default() -> Self {
@@ -300,6 +305,7 @@ impl RequestTable {
         RequestTable {
             special: Special::new(),
             waiters: Waiters::new(),
+            used: AtomicU64::new(0),
             waits: ThreadLock::new(Waits::default()),
             rows: [const { OnceLock::new() }; MAX_CONTEXTS],
         }
@@ -329,8 +335,7 @@ impl RequestTable {
     #[inline]
     fn publish(&self, slot: ContextSlot, offset: u64, len_kind: u64) -> Tracked<'_> {
         let index = slot.index();
-        #[expect(clippy::cast_possible_truncation, reason = "below MAX_CONTEXTS")]
-        let row = self.rows[index].get_or_init(|| Row::new(index as u8));
+        let row = self.rows[index].get_or_init(|| self.new_row(index));
         let chunk = row.with_room();
         let index = chunk.live.free();
         let place = chunk.place(index);
@@ -365,9 +370,27 @@ impl RequestTable {
         self.special.close()
     }
 
+    /// The bit comes before the row's first request: who does not see it, after a heavy fence, is
+    /// seen by that request.
+    #[cold]
+    fn new_row(&self, index: usize) -> Box<Row> {
+        self.used.fetch_or(1 << index, Ordering::SeqCst);
+        #[expect(clippy::cast_possible_truncation, reason = "below MAX_CONTEXTS")]
+        Row::new(index as u8)
+    }
+
+    fn rows(&self) -> impl Iterator<Item = &Row> {
+        let mut used = self.used.load(Ordering::Acquire);
+        let numbers = std::iter::from_fn(move || {
+            let number = used.trailing_zeros() as usize;
+            used &= used.wrapping_sub(1);
+            (number < MAX_CONTEXTS).then_some(number)
+        });
+        numbers.filter_map(|number| self.rows[number].get().map(|row| &**row))
+    }
+
     fn chunks(&self) -> impl Iterator<Item = &Chunk> {
-        let rows = self.rows.iter().filter_map(OnceLock::get);
-        rows.flat_map(|row| row.chunks())
+        self.rows().flat_map(Row::chunks)
     }
 
     /// All that are live, as seen after a heavy fence by the caller.

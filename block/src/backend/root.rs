@@ -342,6 +342,10 @@ impl Parent for Root {
         busy.add(&self);
     }
 
+    fn as_user(&self) -> Option<&dyn Busy> {
+        Some(self)
+    }
+
     fn device(&self) -> Option<Arc<dyn Device>> {
         self.gate.lock().device.clone()
     }
