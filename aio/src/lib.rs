@@ -95,7 +95,7 @@ pub use monitor::MonitorKind;
 pub use r#move::move_to;
 pub use notifier::EventNotifier;
 pub use postpone::{PostponedAction, Postponer};
-pub use sys::fence::{heavy_fence, light_fence};
+pub use sys::fence::{heavy_fence, light_fence, use_full_fences};
 pub use thread_pool::{Job, ThreadPool, WorkHandle, WorkPool};
 pub use timer::Timer;
 pub use wait_while::AioWait;

@@ -6,8 +6,8 @@
 //! [`heavy_fence`], which makes the kernel run a full fence on every processor that runs a thread
 //! of this process (`membarrier(2)`, private expedited).
 //!
-//! Where the kernel refuses, both are ordinary full fences. The choice is made once, before the
-//! first heavy fence; a light fence that runs before the choice is a full one, which is right with
+//! Where the kernel refuses, or the program does ([`use_full_fences`]), both are ordinary full fences.
+//! The choice is made once, before the first heavy fence; a light fence that runs before the choice is a full one, which is right with
 //! either.
 
 use std::sync::OnceLock;
@@ -31,17 +31,36 @@ fn membarrier(command: libc::c_int) -> bool {
     unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) == 0 }
 }
 
+/// What [`MODE`] became: asymmetric or not.
+static DECIDED: OnceLock<bool> = OnceLock::new();
+
+fn decide(ask: impl FnOnce() -> bool) -> bool {
+    *DECIDED.get_or_init(|| {
+        let agreed = ask();
+        MODE.store(if agreed { ASYMMETRIC } else { FULL }, Ordering::Release);
+        agreed
+    })
+}
+
+/// Both sides pay for full fences, and the kernel is not asked for `membarrier`: for a program whose
+/// seccomp filter would kill it for that call, and for measuring what the fences cost. Any thread,
+/// before the first [`crate::Home`] of the process is made.
+///
+/// `false`: too late, light fences are light already, which needs `membarrier` from now on.
+#[must_use]
+pub fn use_full_fences() -> bool {
+    !decide(|| false)
+}
+
 /// Registers with the kernel, once a process; afterwards light fences are light. Any thread.
 ///
 /// Tells whether the kernel agreed. Making a [`crate::Home`] calls it.
 pub fn prepare_fences() -> bool {
-    static DECIDED: OnceLock<bool> = OnceLock::new();
-    *DECIDED.get_or_init(|| {
+    decide(|| {
         let agreed = membarrier(REGISTER_PRIVATE_EXPEDITED) && membarrier(PRIVATE_EXPEDITED);
         if !agreed {
             log::info!("membarrier is not to be had here: full fences on both sides");
         }
-        MODE.store(if agreed { ASYMMETRIC } else { FULL }, Ordering::Release);
         agreed
     })
 }
