@@ -22,7 +22,8 @@ use crate::throttle::ThrottleGroup;
 use crate::types::{Preallocation, RequestFlags, bytes};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
-use root::{Resuming, Root};
+use root::Resuming;
+pub(crate) use root::Root;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -57,6 +58,10 @@ impl BlockBackend {
 
     pub(crate) fn as_parent(&self) -> Arc<dyn Parent> {
         self.root.clone()
+    }
+
+    pub(crate) fn root(&self) -> &Arc<Root> {
+        &self.root
     }
 
     pub(crate) fn requests(&self) -> &RequestTable {
@@ -508,6 +513,7 @@ impl BlockBackend {
             return None;
         }
         let root = &*self.root;
+        self.graph.add_without_node(&self.root);
         root.end.leave(root, |section| root.let_go(section))
     }
 }

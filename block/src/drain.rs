@@ -211,6 +211,10 @@ impl Scope {
                     node.collect_busy(section, &mut collected);
                     section.nodes.push(node);
                 }
+                for root in graph.all_without_node() {
+                    collected.add(&root);
+                    section.parents.push(root);
+                }
             }
         });
         collected
@@ -405,7 +409,7 @@ impl Target<'_> {
         heavy_fence();
         let idle = |busy: &dyn Busy| !self.is_busy_otherwise(busy) && busy.table().is_idle();
         match &self.scope {
-            Scope::Node(..) => self.scope.collect().list.iter().all(|busy| idle(&**busy)),
+            Scope::Node(..) => self.collect().list.iter().all(|busy| idle(&**busy)),
             // No list of them: every edge's node above is one of all, too.
             Scope::All(graph) => graph.section(|section| {
                 let nodes = graph.all_nodes();
@@ -417,9 +421,22 @@ impl Target<'_> {
                     users_are && idle(&**node)
                 });
                 section.nodes.extend(nodes);
+                let users = graph.all_without_node();
+                let is_idle = is_idle && users.iter().all(|user| idle(&**user));
+                let parents = users.into_iter().map(|user| user as Arc<dyn Parent>);
+                section.parents.extend(parents);
                 is_idle
             }),
         }
+    }
+
+    fn collect(&self) -> Collected {
+        let mut collected = self.scope.collect();
+        // Perhaps it has no node any more.
+        if let Some(backend) = self.operations_of {
+            collected.add(backend.root());
+        }
+        collected
     }
 
     /// Busy with what is in no table.
@@ -589,7 +606,7 @@ impl<'a> Watch<'a> {
 
     /// Who is looked at now; all of them are announced.
     fn look(&mut self) -> Vec<Arc<dyn Busy>> {
-        let mut now = self.target.scope.collect();
+        let mut now = self.target.collect();
         if self.announced.list.is_empty() {
             // The first look: all are new.
             for busy in &now.list {

@@ -20,6 +20,7 @@ pub(crate) use transaction::in_main_home;
 pub use transaction::{Action, Reopen, Transaction};
 pub use write::GraphWrite;
 
+use crate::backend::Root;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph_lock::{ContextSlot, GraphLock, MAX_CONTEXTS, ReadLocked, TooManyContexts};
 use crate::node::Node;
@@ -56,6 +57,8 @@ pub struct Graph {
     /// Coroutines that want to write and wait for readers to leave.
     writers: Arc<ThreadLock<Vec<WakeHandle>>>,
     nodes: ThreadLock<Nodes>,
+    /// Backends that gave up their node: requests that they refuse are in flight, too.
+    without_node: ThreadLock<Vec<Weak<Root>>>,
     throttle_groups: ThreadLock<BTreeMap<String, Arc<ThrottleGroup>>>,
     live: AtomicUsize,
 }
@@ -85,6 +88,7 @@ impl Graph {
             changing: CoMutex::new(()),
             writers,
             nodes: ThreadLock::new(Nodes::default()),
+            without_node: ThreadLock::new(Vec::new()),
             throttle_groups: ThreadLock::new(BTreeMap::new()),
             live: AtomicUsize::new(0),
         })
@@ -269,6 +273,18 @@ impl Graph {
     pub(crate) fn all_nodes(&self) -> Vec<Arc<Node>> {
         let nodes = self.nodes.lock();
         nodes.all.values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// A backend has given up its node.
+    pub(crate) fn add_without_node(&self, root: &Arc<Root>) {
+        let mut all = self.without_node.lock();
+        all.retain(|root| root.strong_count() > 0);
+        all.push(Arc::downgrade(root));
+    }
+
+    pub(crate) fn all_without_node(&self) -> Vec<Arc<Root>> {
+        let all = self.without_node.lock();
+        all.iter().filter_map(Weak::upgrade).collect()
     }
 }
 
