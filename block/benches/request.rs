@@ -1,8 +1,12 @@
 //! What does a request cost, from the user's handle to a driver that does nothing?
 //!
-//! One coroutine each, as a device would do it; the coroutine alone is printed for comparison.
+//! One coroutine each, as a device would do it; the coroutine alone is printed for comparison. And
+//! what do the graph lock and drained sections cost?
+//!
+//! Words choose rows. `--once`: one sample of each instead of the least of three, for who takes
+//! medians; `--full-fences`: as where `membarrier` is missing.
 
-use coblock_aio::{ContextOptions, EngineKind, Home};
+use coblock_aio::{ContextOptions, EngineKind, Home, use_full_fences};
 use coblock_block::{
     BlockBackend, DenyAll, Drain, DriverRegistry, Graph, Options, RequestFlags, open,
 };
@@ -24,8 +28,12 @@ fn measure_few(name: &str, count: u32, mut f: impl FnMut()) {
     if words.peek().is_some() && !words.any(|word| word == name) {
         return;
     }
+    for _ in 0..count / 10 {
+        f();
+    }
+    let samples = if has_flag("--once") { 1 } else { 3 };
     let mut best = f64::INFINITY;
-    for _ in 0..3 {
+    for _ in 0..samples {
         let start = Instant::now();
         for _ in 0..count {
             f();
@@ -35,7 +43,14 @@ fn measure_few(name: &str, count: u32, mut f: impl FnMut()) {
     println!("{name:40} {:6.1} ns", best * 1e9 / f64::from(count));
 }
 
+fn has_flag(flag: &str) -> bool {
+    std::env::args().any(|word| word == flag)
+}
+
 fn main() {
+    if has_flag("--full-fences") {
+        assert!(use_full_fences(), "no context was made before");
+    }
     let options = ContextOptions {
         engine: EngineKind::None,
         ..ContextOptions::named("bench")
@@ -80,7 +95,9 @@ fn main() {
         });
     }
     home.run(|co| {
-        measure("graph lock, read, and unlock", || drop(graph.read(co)));
+        measure_few("graph lock, read, and unlock", 20 * REQUESTS, || {
+            drop(graph.read(co));
+        });
     });
     home.with(|| {
         measure("drain of an idle node", || {

@@ -308,6 +308,9 @@ impl Accounting {
         (began_ns, now_ns): (u64, u64),
         is_ok: bool,
     ) {
+        if cfg!(feature = "unaccounted") {
+            return;
+        }
         let row = self.row(slot);
         let its = &row.kinds[kind as usize];
         let time_ns = now_ns.saturating_sub(began_ns);

@@ -74,6 +74,13 @@ impl Programs {
         &self.found[0].1
     }
 
+    /// The one that is this engine, if it was asked for and could be built.
+    pub fn path_of(&self, engine: Engine) -> Option<&Path> {
+        let mut found = self.found.iter();
+        let (_, path) = found.find(|(e, _)| *e == engine)?;
+        Some(path)
+    }
+
     /// Builds ours, unless `coblock` names it, and each of `peers`.
     ///
     /// # Errors
@@ -136,8 +143,8 @@ impl Programs {
     /// # Errors
     /// The program does not start or end, fails, or prints something else than expected.
     pub fn measure(&self, engine: Engine, run: &Run<'_>) -> Result<Sample, String> {
-        let path = &self.found.iter().find(|(e, _)| *e == engine);
-        let (_, path) = path.expect("only programs that were found are asked for");
+        let path = self.path_of(engine);
+        let path = path.expect("only programs that were found are asked for");
         let mut command = Command::new(path);
         let mut count = run.count;
         match engine {
@@ -207,14 +214,14 @@ pub struct Run<'a> {
 
 /// What a program says about its run.
 #[derive(Debug, PartialEq)]
-struct Told {
+pub struct Told {
     /// From the first request to the last.
-    seconds: f64,
+    pub seconds: f64,
     cpu_seconds: Option<f64>,
 }
 
 impl Told {
-    fn read(engine: Engine, output: &str) -> Option<Told> {
+    pub fn read(engine: Engine, output: &str) -> Option<Told> {
         if matches!(engine, Engine::Coblock | Engine::Qemu) {
             let (_, rest) = output.split_once("Run completed in ")?;
             let seconds = rest.split_whitespace().next()?.parse().ok()?;

@@ -10,6 +10,7 @@
 //!   figures   medians, ratios within a round, verdicts
 //!   table, chart, record     what comes out
 //!   queues    two queues beside one: a run of its own
+//!   graph     the graph's lock, drained sections, statistics: a run of its own
 //! ```
 //!
 //! All programs send the same requests to the same image (for writes: to a copy each), round by
@@ -20,6 +21,7 @@
 mod chart;
 mod engines;
 mod figures;
+mod graph;
 mod images;
 mod measure;
 mod options;
@@ -33,7 +35,7 @@ use std::fs;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use engines::Programs;
+use engines::{Engine, Programs};
 use images::Images;
 use measure::{Bench, Measured};
 use options::{Options, USAGE};
@@ -61,6 +63,9 @@ pub fn run(words: &[String]) -> Outcome {
         print!("{USAGE}");
         return Ok(());
     };
+    if options.graph {
+        return run_graph(&options);
+    }
     fs::create_dir_all(&options.dir).map_err(|e| format!("{}: {e}", options.dir.display()))?;
     let programs = Programs::build(options.coblock.as_deref(), &options.peers)?;
     let heading = heading(&options, &programs);
@@ -104,19 +109,42 @@ pub fn run(words: &[String]) -> Outcome {
 fn run_queues(options: &Options, programs: &Programs, heading: &str) -> Outcome {
     let queues = Queues {
         coblock: programs.coblock(),
+        floor: programs.path_of(Engine::Floor),
         dir: &options.dir,
         size: options.size,
         rounds: options.rounds,
     };
-    let (table, mut report) = queues.measure()?;
+    put_out(options, "queues", heading, queues.measure()?)
+}
+
+/// The graph's lock, drained sections, statistics.
+fn run_graph(options: &Options) -> Outcome {
+    let heading = format!(
+        "coblock {}; {}, {} rounds, load {} at the start.",
+        env!("CARGO_PKG_VERSION"),
+        machine(),
+        options.rounds,
+        load()
+    );
+    println!("{heading}\n");
+    put_out(options, "graph", &heading, graph::measure(options.rounds)?)
+}
+
+/// Prints a part that has one table, and records it.
+fn put_out(
+    options: &Options,
+    part: &str,
+    heading: &str,
+    (table, mut report): (String, serde_json::Value),
+) -> Outcome {
     println!("{table}");
     report["measured"] = heading.into();
     let text = serde_json::to_string_pretty(&report).expect("numbers and text serialise") + "\n";
     fs::write(&options.json, &text).map_err(|e| format!("{}: {e}", options.json.display()))?;
     println!("Figures in {}.", options.json.display());
     if options.record {
-        record::write("benchmarks-queues.json", &text)?;
-        record::put("queues", &format!("{heading}\n\n{table}"))?;
+        record::write(&format!("benchmarks-{part}.json"), &text)?;
+        record::put(part, &format!("{heading}\n\n{table}"))?;
         println!("Recorded in docs/benchmarks.md.");
     }
     Ok(())
@@ -140,30 +168,42 @@ fn measure_all(bench: &Bench, options: &Options) -> Result<Vec<Measured>, String
 
 /// What was measured, where and how: enough to read the figures without this source.
 fn heading(options: &Options, programs: &Programs) -> String {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let cpu_info = read("/proc/cpuinfo");
-    let model = cpu_info.lines().find(|line| line.starts_with("model name"));
-    let model = model
-        .and_then(|line| line.split(": ").nth(1))
-        .unwrap_or("unknown CPU");
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let versions = programs
         .versions
         .iter()
         .map(|(name, version)| format!("{name} {version}"));
     let versions: Vec<String> = versions.collect();
     format!(
-        "{}; Linux {}, {cores} x {model}, images of {} MiB on {}, {} rounds, scale {}, load {} at \
-         the start.",
+        "{}; {}, images of {} MiB on {}, {} rounds, scale {}, load {} at the start.",
         versions.join(", "),
-        read("/proc/sys/kernel/osrelease").trim(),
+        machine(),
         options.size >> 20,
         images::file_system(&options.dir).unwrap_or_else(|| "an unknown file system".into()),
         options.rounds,
         options.scale,
-        read("/proc/loadavg")
-            .split_whitespace()
-            .next()
-            .unwrap_or("unknown"),
+        load(),
     )
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+/// Kernel and processors.
+fn machine() -> String {
+    let cpu_info = read("/proc/cpuinfo");
+    let model = cpu_info.lines().find(|line| line.starts_with("model name"));
+    let model = model
+        .and_then(|line| line.split(": ").nth(1))
+        .unwrap_or("unknown CPU");
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let kernel = read("/proc/sys/kernel/osrelease");
+    format!("Linux {}, {cores} x {model}", kernel.trim())
+}
+
+/// How many processes wanted to run, in the last minute.
+fn load() -> String {
+    let load = read("/proc/loadavg");
+    let first = load.split_whitespace().next();
+    first.unwrap_or("unknown").to_string()
 }

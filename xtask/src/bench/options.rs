@@ -11,6 +11,7 @@ Usage: cargo xtask bench [OPTIONS]
   --quick         the eight cells of cached and direct reads and overwrites, without peers
   --sweep         size of the image and requests in flight, instead of the rows
   --queues        two queues beside one, instead of the rows
+  --graph         graph lock, drained sections, statistics, instead of the rows
   --only NAMES    rows whose name contains all words of one of these comma-separated names
   --peers NAMES   which of floor,imago,qcow2-rs are built and measured too (all), or none
   --rounds N      rounds per row (5)
@@ -26,6 +27,7 @@ pub struct Options {
     pub quick: bool,
     pub sweep: bool,
     pub queues: bool,
+    pub graph: bool,
     only: Vec<Vec<String>>,
     pub peers: Vec<Engine>,
     pub rounds: usize,
@@ -49,6 +51,7 @@ impl Options {
             quick: false,
             sweep: false,
             queues: false,
+            graph: false,
             only: Vec::new(),
             peers: Engine::PEERS.to_vec(),
             rounds: 5,
@@ -66,6 +69,7 @@ impl Options {
                 "--quick" => options.quick = true,
                 "--sweep" => options.sweep = true,
                 "--queues" => options.queues = true,
+                "--graph" => options.graph = true,
                 "--record" => options.record = true,
                 option => {
                     let value = words.next().map(String::as_str);
@@ -77,13 +81,17 @@ impl Options {
         if options.json.as_os_str().is_empty() {
             let name = match options {
                 _ if options.queues => "bench-queues.json",
+                _ if options.graph => "bench-graph.json",
                 _ if options.sweep => "bench-sweep.json",
                 _ => "bench.json",
             };
             options.json = target.join(name);
         }
-        if options.quick || options.queues {
+        if options.quick || options.graph {
             options.peers.clear();
+        }
+        if options.queues {
+            options.peers.retain(|peer| *peer == Engine::Floor);
         }
         Ok(Some(options))
     }
@@ -132,9 +140,9 @@ impl Options {
         if !self.size.is_power_of_two() || self.size < 64 << 20 {
             return Err("--size must be a power of two, and at least 64".into());
         }
-        let parts = [self.quick, self.sweep, self.queues];
+        let parts = [self.quick, self.sweep, self.queues, self.graph];
         if parts.into_iter().filter(|&part| part).count() > 1 {
-            return Err("--quick, --sweep and --queues exclude each other".into());
+            return Err("--quick, --sweep, --queues and --graph exclude each other".into());
         }
         if self.record && (self.quick || !self.only.is_empty()) {
             return Err("--record needs every row".into());
@@ -191,6 +199,7 @@ mod tests {
             &["--record", "--only", "chain"],
             &["--quick", "--sweep"],
             &["--queues", "--sweep"],
+            &["--graph", "--queues"],
         ] {
             assert!(parse(words).is_err(), "{words:?}");
         }
@@ -210,5 +219,7 @@ mod tests {
         assert_eq!(peers(&["--peers", "none"]), []);
         assert_eq!(peers(&["--quick"]), []);
         assert_eq!(peers(&["--peers", "imago"]), [Engine::Imago]);
+        assert_eq!(peers(&["--queues"]), [Engine::Floor]);
+        assert_eq!(peers(&["--graph"]), []);
     }
 }

@@ -79,7 +79,7 @@ mod tests {
     fn the_page_has_its_marks() {
         let page = include_str!("../../../docs/benchmarks.md");
         let parts = [&super::super::REQUESTS, &super::super::SWEEPS].map(|part| part.name);
-        for part in parts.into_iter().chain(["queues"]) {
+        for part in parts.into_iter().chain(["queues", "graph"]) {
             assert!(put_between(page, part, "").is_ok());
         }
     }

@@ -300,7 +300,7 @@ impl Row {
 pub const FRESH_CLUSTERS: u64 = 32_768;
 
 /// An odd number of units near the golden section of the image. qemu-img takes at most 2^31 - 1.
-fn stride(unit: u64, units: u64) -> u64 {
+pub fn stride(unit: u64, units: u64) -> u64 {
     let odd = |n: u64| if n.is_multiple_of(2) { n.max(2) - 1 } else { n };
     odd((units * 618 / 1000).min(((1 << 31) - 1) / unit)) * unit
 }

@@ -1,8 +1,8 @@
 //! The floor: what remains when the mapping costs one look-up in memory and everything else is the
 //! kernel.
 //!
-//! One thread, one ring, `-d` slots; each slot has a buffer of its own. Nothing is registered with
-//! the ring. Only clusters that exist can be read or written; loading the mapping is not measured.
+//! `--threads` threads (one), a ring each, `-d` slots in all; each slot has a buffer of its own, and
+//! each thread takes every N-th request. Nothing is registered with the rings. Only clusters that exist can be read or written; loading the mapping is not measured.
 
 mod mapping;
 
@@ -23,7 +23,7 @@ const O_DIRECT: i32 = 0o40000;
 const O_DIRECT: i32 = 0o200_000;
 
 fn main() -> ExitCode {
-    peer_common::main(false, run)
+    peer_common::main(true, run)
 }
 
 fn run(plan: Plan) -> Result<(), String> {
@@ -39,7 +39,21 @@ fn run(plan: Plan) -> Result<(), String> {
         files.push(file);
     }
     let mut meter = Meter::begin();
-    requests(&plan, &mapping, &files)?;
+    if plan.threads > plan.depth {
+        return Err("more threads than requests in flight".into());
+    }
+    std::thread::scope(|scope| {
+        let thread = |number| {
+            let (plan, mapping, files) = (&plan, &mapping, &files);
+            scope.spawn(move || requests(number, plan, mapping, files))
+        };
+        let threads: Vec<_> = (1..plan.threads).map(thread).collect();
+        let mut outcome = requests(0, &plan, &mapping, &files);
+        for thread in threads {
+            outcome = outcome.and(thread.join().expect("a panic ends the process"));
+        }
+        outcome
+    })?;
     meter.requests_done();
     if plan.write {
         files[0].sync_data().map_err(|e| format!("flush: {e}"))?;
@@ -48,12 +62,14 @@ fn run(plan: Plan) -> Result<(), String> {
     Ok(())
 }
 
-/// Sends all requests, `depth` of them at once.
-fn requests(plan: &Plan, mapping: &Mapping, files: &[File]) -> Result<(), String> {
-    let entries = u32::try_from(plan.depth.next_power_of_two().max(2))
+/// Sends the share of thread `number`, with its share of `depth` at once.
+fn requests(number: usize, plan: &Plan, mapping: &Mapping, files: &[File]) -> Result<(), String> {
+    let threads = plan.threads;
+    let depth = plan.depth / threads + usize::from(number < plan.depth % threads);
+    let entries = u32::try_from(depth.next_power_of_two().max(2))
         .map_err(|_| "too many requests in flight")?;
     let len = u32::try_from(plan.size).map_err(|_| "too large a request")?;
-    let mut buffers: Vec<Buffer> = (0..plan.depth)
+    let mut buffers: Vec<Buffer> = (0..depth)
         .map(|_| Buffer::new(plan.size, plan.pattern))
         .collect();
     let ring: io::Result<IoUring> = IoUring::builder()
@@ -61,8 +77,8 @@ fn requests(plan: &Plan, mapping: &Mapping, files: &[File]) -> Result<(), String
         .setup_coop_taskrun()
         .build(entries);
     let mut ring = ring.map_err(|e| format!("io_uring: {e}"))?;
-    let mut free: Vec<usize> = (0..plan.depth).rev().collect();
-    let (mut next, mut in_flight) = (0, 0);
+    let mut free: Vec<usize> = (0..depth).rev().collect();
+    let (mut next, mut in_flight) = (number as u64, 0);
     let mut failure = None;
     while in_flight > 0 || (next < plan.count && failure.is_none()) {
         while next < plan.count && failure.is_none() {
@@ -76,7 +92,7 @@ fn requests(plan: &Plan, mapping: &Mapping, files: &[File]) -> Result<(), String
                 failure = Some(format!("guest offset {guest} lies in a backing file"));
                 break;
             }
-            next += 1;
+            next += threads as u64;
             let fd = types::Fd(files[file].as_raw_fd());
             let memory = buffers[slot].bytes_mut().as_mut_ptr();
             let entry = if plan.write {
