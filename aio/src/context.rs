@@ -18,6 +18,7 @@ use crate::monitor::{Monitor, MonitorKind};
 use crate::notifier::EventNotifier;
 use crate::notify::Notify;
 use crate::postpone::Postponed;
+use crate::resident::Residents;
 use crate::sys::pending::Pending;
 use crate::thread_pool::{ThreadPool, WorkPool};
 use crate::timer::{Timer, Timers};
@@ -188,6 +189,7 @@ pub struct AioContext {
     pub(crate) timers: Timers,
     pub(crate) halves: Register,
     pub(crate) postponed: Postponed,
+    pub(crate) residents: Residents,
     pub(crate) park: Option<Arc<dyn Park>>,
     pool: OnceLock<Arc<dyn WorkPool>>,
     /// Coroutines that began here and have not finished. Written by the home alone, with plain
@@ -222,6 +224,7 @@ impl AioContext {
             timers: Timers::new(options.clock.clone()),
             halves: Register::default(),
             postponed: Postponed::default(),
+            residents: Residents::default(),
             park: options.park.clone(),
             pool: options
                 .pool

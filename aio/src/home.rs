@@ -272,8 +272,8 @@ impl Home {
     /// Ends the context (rule 3.3): what was posted still runs, then everything must be gone.
     ///
     /// # Panics
-    /// When bottom halves, coroutines, armed timers, descriptor handlers or postponed actions are
-    /// left; names them.
+    /// When bottom halves, coroutines, armed timers, descriptor handlers, postponed actions or
+    /// [residents](AioContext::reside) are left; names them.
     /// Dropping a home does the same.
     pub fn close(self) {
         drop(self);
@@ -310,6 +310,7 @@ impl Home {
         left.extend(context.handlers.describe());
         left.extend(core.work.describe());
         left.extend(context.postponed.describe());
+        left.extend(context.residents.end());
         assert!(
             left.is_empty(),
             "context '{}' closed with live {} (rule 3.3)",

@@ -27,6 +27,7 @@
 //! * `transfer`: what follows a short or interrupted transfer
 //! * `wait_while`: waiting for a condition from outside of coroutines
 //! * `postpone`: actions that wait until external requests are enabled again
+//! * `resident`: what lives in a context without being work of it
 //! * `home`: the right to drive a context; one pass of the loop
 //! * `engine`: io_uring, or threads
 //! * `current`: which context a thread drives
@@ -68,6 +69,7 @@ mod r#move;
 mod notifier;
 mod notify;
 mod postpone;
+mod resident;
 mod thread_pool;
 mod timer;
 pub mod transfer;
@@ -95,6 +97,7 @@ pub use monitor::MonitorKind;
 pub use r#move::move_to;
 pub use notifier::EventNotifier;
 pub use postpone::{PostponedAction, Postponer};
+pub use resident::Resident;
 pub use sys::fence::{heavy_fence, light_fence, use_full_fences};
 pub use thread_pool::{Job, ThreadPool, WorkHandle, WorkPool};
 pub use timer::Timer;

@@ -16,12 +16,12 @@
 //! does not queue; others open their own sections.
 
 use crate::backend::{BlockBackend, Device};
-use crate::graph::{End, Graph, in_main_home};
+use crate::graph::{End, Graph, in_home};
 use crate::node::Node;
 use crate::request_table::{InFlight, RequestTable, Wake};
 use crate::sync::heavy_fence;
 use crate::types::{ChildRole, Permissions};
-use coblock_aio::Timer;
+use coblock_aio::{AioContext, Timer};
 use coblock_coroutine::{Co, Hold, ThreadGuard, WakeHandle};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -63,6 +63,18 @@ pub(crate) trait Parent: Send + Sync {
     /// It leads to another node now.
     fn node_changed(&self, len_before: u64, len: u64, section: &mut Section<'_>) {
         let _ = (len_before, len, section);
+    }
+    /// May `node`, which it uses, get the home `to`? `wants_it`: this very user asks for it.
+    ///
+    /// # Errors
+    /// Who does not allow it.
+    fn may_move(&self, node: &Node, to: &Arc<AioContext>, wants_it: bool) -> crate::Result<()> {
+        let _ = (node, to, wants_it);
+        Ok(())
+    }
+    /// The node that it uses lives in `to` now.
+    fn moved(&self, to: &Arc<AioContext>) {
+        let _ = to;
     }
     /// In the words of the reference's messages.
     fn who(&self) -> String;
@@ -522,7 +534,7 @@ fn quiesce_in_main(scope: &Scope, co: &Co) -> Quiesced {
         node.section_begins();
     }
     let scope = scope.clone();
-    in_main_home(co, main, move || {
+    in_home(co, main, move || {
         let quiesced = Quiesced::begin(scope.clone());
         if let Scope::Node(node, _) = &scope {
             node.section_began();

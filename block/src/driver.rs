@@ -11,7 +11,7 @@ use crate::graph::{GraphRead, GraphWrite};
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::types::{ChildRole, FileId, Limits, Permissions, Preallocation, RequestFlags};
-use coblock_aio::{IoVec, IoVecMut};
+use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -242,6 +242,33 @@ pub trait Driver: Send + Sync + 'static {
 
     /// The last drained section of the node ended.
     fn drained_end(&self) {}
+
+    /// May the node get the home `to` (rule 8.3)? Asked before anything has happened, and again before
+    /// it happens. Under a lock of the graph, as [`Driver::drained_begin`].
+    ///
+    /// # Errors
+    /// Why that context cannot be the home of the node.
+    fn may_move(&self, to: &Arc<AioContext>) -> Result<()> {
+        let _ = to;
+        Ok(())
+    }
+
+    /// The node leaves its home `from`, drained: handlers, timers and sockets that the driver has
+    /// there go. Called there, outside of coroutines; neither waits nor fails. A driver that is
+    /// closed does nothing.
+    ///
+    /// [`Driver::attach_context`] follows, in the new home, or in the old one if the node stays.
+    fn detach_context(&self, from: &Arc<AioContext>) {
+        let _ = from;
+    }
+
+    /// The node has the home `to`, and is still drained: they come there. Called there, outside of
+    /// coroutines; neither waits nor fails: what cannot be had is as a connection that broke.
+    ///
+    /// The first home is [`Opening::home_context`], where `open` itself puts them.
+    fn attach_context(&self, to: &Arc<AioContext>) {
+        let _ = to;
+    }
 
     /// What all users of the node together do, and let others do, is about to become this: get
     /// ready, so that nothing can go wrong any more. Either [`Driver::permissions_commit`] follows

@@ -16,7 +16,7 @@ pub(crate) use end::End;
 pub use main::GraphMain;
 pub(crate) use permissions::take as take_permissions;
 pub use requests::RequestsDump;
-pub(crate) use transaction::in_main_home;
+pub(crate) use transaction::in_home;
 pub use transaction::{Action, Reopen, Transaction};
 pub use write::GraphWrite;
 
@@ -52,8 +52,8 @@ pub struct Graph {
     pub(crate) sections: ThreadLock<u32>,
     /// Who is under that lock, and since where: for a message.
     pub(crate) inside_section: ThreadLock<Option<(ThreadId, &'static Location<'static>)>>,
-    /// Transactions happen one after the other.
-    changing: CoMutex<()>,
+    /// Transactions, and changes of length, happen one after the other.
+    pub(crate) changing: CoMutex<()>,
     /// Coroutines that want to write and wait for readers to leave.
     writers: Arc<ThreadLock<Vec<WakeHandle>>>,
     nodes: ThreadLock<Nodes>,

@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, GraphAccess, GraphRead, Reopen, take_permissions};
 use crate::request_table::RequestTable;
 use crate::types::{ChildRole, FileId, Limits, MAX_LENGTH, Perm, Permissions};
+use coblock_aio::{AioContext, Resident};
 use coblock_coroutine::{Co, CoMutex, ThreadLock};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -67,6 +68,9 @@ pub struct Node {
     pub(crate) force_share: bool,
     /// Under the lock of sections.
     permissions: ThreadLock<Permissions>,
+    /// The home context, and its place there unless that is the main one. Changed under the lock of
+    /// sections.
+    home: ThreadLock<(Arc<AioContext>, Option<Resident>)>,
 }
 
 /// What `open` knows about a node that it makes.
@@ -134,6 +138,7 @@ impl Node {
             file_id,
             force_share,
             permissions: ThreadLock::new(permissions),
+            home: ThreadLock::new((graph.main_context().clone(), None)),
             driver,
         });
         graph.count_node(serial, &node);
@@ -247,6 +252,18 @@ impl Node {
             Some(graph) => graph.section(|section| f(Some(section))),
             None => f(None),
         }
+    }
+
+    /// The context that serves what the driver does by itself: handlers, timers, sockets; the main
+    /// one unless the node moved ([`Transaction::move_to`](crate::Transaction::move_to)). Requests
+    /// come from any context. Any thread.
+    pub fn home_context(&self) -> Arc<AioContext> {
+        self.home.lock().0.clone()
+    }
+
+    pub(crate) fn set_home(&self, context: &Arc<AioContext>, resident: Option<Resident>) {
+        let before = std::mem::replace(&mut *self.home.lock(), (context.clone(), resident));
+        drop(before);
     }
 
     /// How many edges and backends use the node.
@@ -395,6 +412,8 @@ impl Node {
             "node '{}' has requests after close",
             self.name
         );
+        // It lives nowhere any more: its context may end.
+        self.set_home(graph.graph().main_context(), None);
         flushed.and(closed)
     }
 }

@@ -13,6 +13,7 @@ use crate::graph::Graph;
 use crate::node::{Node, NodeParts, close_unused};
 use crate::options::Options;
 use crate::types::{ChildRole, FileId, Perm, Permissions};
+use coblock_aio::AioContext;
 use coblock_coroutine::{Co, Hold};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -108,10 +109,12 @@ fn open_for(
         });
     // Children first were pushed first; with or without an error everything gets its edges, so that
     // it can be closed.
+    let mut new = Vec::new();
     for unfinished in built.nodes {
         unfinished.node.publish(graph, unfinished.children);
+        new.push(unfinished.node);
     }
-    match result {
+    match result.and_then(|root| graph.settle(co, &new).map(|()| root)) {
         Ok(root) => Ok(root),
         Err(error) => {
             for node in built.abandoned {
@@ -349,6 +352,12 @@ impl<'a> Opening<'a> {
     /// The graph in which the node will be: for guards to read from children while opening.
     pub fn graph(&self) -> &'a Arc<Graph> {
         self.env.graph
+    }
+
+    /// Where the driver has its handlers, timers and sockets; another context later, if the node
+    /// moves ([`Driver::detach_context`]).
+    pub fn home_context(&self) -> &'a Arc<AioContext> {
+        self.env.graph.main_context()
     }
 
     /// What is left of the node's options. The driver takes what it knows.

@@ -32,10 +32,10 @@ fn a_graph_is_dumped() {
         dump.to_json(),
         concat!(
             r#"{"nodes":[{"name":"disk","driver":"sim","filename":"sim","len":4096,"read-only":false,"#,
-            r#""users":1,"drained-sections":0,"children":[],"requests":[{"kind":"write","#,
+            r#""users":1,"drained-sections":0,"home":"sim","children":[],"requests":[{"kind":"write","#,
             r#""offset":512,"len":1024,"serialising":false}]},"#,
             r#"{"name":"top","driver":"raw","filename":"sim","len":4096,"read-only":false,"#,
-            r#""users":1,"drained-sections":0,"#,
+            r#""users":1,"drained-sections":0,"home":"sim","#,
             r#""children":[{"name":"file","role":"filtered","node":"disk"}],"#,
             r#""requests":[{"kind":"write","offset":512,"len":1024,"serialising":false}]}]}"#,
         )
@@ -43,7 +43,7 @@ fn a_graph_is_dumped() {
     dump.nodes[0].filename = "a \"b\"\\c\n\u{1}".to_owned();
     let dot = dump.to_dot();
     for line in [
-        r#"  "disk" [label="disk\nsim, 4096 bytes\na \"b\"\\c\n\u0001\nwrite 1024 at 512"];"#,
+        r#"  "disk" [label="disk\nsim, 4096 bytes\na \"b\"\\c\n\u0001\nin context sim\nwrite 1024 at 512"];"#,
         r#"  "top" -> "disk" [label="file (filtered)"];"#,
     ] {
         assert!(dot.lines().any(|is| is == line), "{dot} lacks {line}");

@@ -3,10 +3,11 @@
 use super::BlockBackend;
 use super::root::Root;
 use crate::drain::{Drain, Parent};
-use crate::error::Result;
-use crate::graph::{Graph, take_permissions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::{Graph, Transaction, take_permissions};
 use crate::node::Node;
 use crate::types::Permissions;
+use coblock_aio::AioContext;
 use coblock_coroutine::Co;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -63,28 +64,72 @@ impl BlockBackend {
         })
     }
 
+    /// Where the node lives: [`Node::home_context`].
+    pub fn home_context(&self) -> Arc<AioContext> {
+        self.node().home_context()
+    }
+
+    /// The node, and all that is connected with it, gets the home `context` (rule 8.3): all of it is
+    /// drained, and what drivers do by themselves goes on there. Requests come from any context, as
+    /// before. From a coroutine of any context, which has no request of its own in flight. Suspends.
+    ///
+    /// # Errors
+    /// As [`Transaction::run`]; `Conflict` when another backend or a device does not allow it, `Closed`
+    /// when a context has ended. Nothing has changed then.
+    ///
+    /// # Panics
+    /// When the coroutine holds a graph guard.
+    #[track_caller]
+    pub fn move_to(&self, co: &Co, context: &Arc<AioContext>) -> Result<()> {
+        let mut transaction = Transaction::new(&self.graph);
+        transaction.moves(&self.node(), context, Some(self.as_parent()));
+        transaction.run(co)
+    }
+
+    /// May the node move by the wish of others than this backend? Not unless it is told: then
+    /// [`BlockBackend::move_to`] of another backend that is connected with it is refused.
+    pub fn allow_moves(&self, on: bool) {
+        self.root.allow_moves(on);
+    }
+
     /// Makes the node `len` bytes long while requests go on (rule 8.2): drained, so that none is under
-    /// way; then devices of all its users are told, and what was held back goes on. From a coroutine
-    /// of any context, which has no request of its own in flight. Suspends.
+    /// way, in the home context of the node; there devices of all its users are told, and what was
+    /// held back goes on. From a coroutine of any context, which has no request of its own in flight.
+    /// Suspends.
     ///
     /// # Errors
     /// As [`BlockBackend::truncate`]. Devices are told when the length is another one all the same.
+    /// `OutOfMemory` where there is none for a coroutine in the home context.
     ///
     /// # Panics
     /// When the coroutine holds a graph guard.
     pub fn resize(&self, co: &Co, len: u64) -> Result<()> {
+        // So that the node does not move meanwhile.
+        let _one_at_a_time = self.graph.changing.lock(co);
         let node = self.node();
         let _section = node.drain(co);
-        let before = node.len();
-        let result = {
-            let graph = self.graph.try_read(co)?;
-            node.truncate(co, &graph, len, true)
-        };
-        self.graph.section(|section| {
-            for user in node.parents(section) {
-                user.node_changed(before, node.len(), section);
-            }
-        });
-        result
+        in_home_of(co, &node, |co| {
+            let before = node.len();
+            let result = {
+                let graph = self.graph.try_read(co)?;
+                node.truncate(co, &graph, len, true)
+            };
+            self.graph.section(|section| {
+                for user in node.parents(section) {
+                    user.node_changed(before, node.len(), section);
+                }
+            });
+            result
+        })
     }
+}
+
+/// Runs `f` in the home context of `node`. Suspends.
+fn in_home_of(co: &Co, node: &Node, f: impl FnOnce(&Co) -> Result<()> + Send) -> Result<()> {
+    let home = node.home_context();
+    if home.is_current() {
+        return f(co);
+    }
+    let ran = coblock_aio::co::run_in(co, &home, "resize", f);
+    ran.unwrap_or_else(|error| Err(Error::new(ErrorKind::OutOfMemory, error.to_string())))
 }

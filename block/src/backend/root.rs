@@ -10,11 +10,13 @@
 
 use crate::accounting::Accounting;
 use crate::drain::{Busy, Collected, Parent, Section};
+use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{End, Graph};
 use crate::node::Node;
 use crate::request_table::{RequestKind, RequestTable};
 use crate::throttle::{Direction, Member, ThrottleGroup};
 use crate::types::Permissions;
+use coblock_aio::AioContext;
 use coblock_coroutine::{Co, ThreadLock, WakeHandle, mutant};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -51,12 +53,29 @@ pub trait Device: Send + Sync {
     /// goes on after the section, with the guest's next notification (rule 5.9). Called in the main
     /// context, without locks.
     fn drain_threads(&self) {}
+
+    /// May the node of the backend get the home `to` (rule 8.3)? Under a lock of the graph, as
+    /// `drained_begin`. [`BlockBackend::allow_moves`](crate::BlockBackend::allow_moves) is asked
+    /// apart from that.
+    fn may_move(&self, to: &Arc<AioContext>) -> bool {
+        let _ = to;
+        true
+    }
+
+    /// It lives in `to` now. Still drained, and under a lock of the graph.
+    fn moved(&self, to: &Arc<AioContext>) {
+        let _ = to;
+    }
 }
 
 #[derive(Default)]
 struct Gate {
     /// Rule 5.4: the node is drained, and told so through this edge.
     quiesced: bool,
+    /// Rule 8.3: the node may move by the wish of others.
+    moves: bool,
+    /// Number of the context of which the device knows.
+    home: u64,
     /// Rule 5.6: off for who would block its own pausing.
     no_queueing: bool,
     /// By ticket: first come, first served.
@@ -104,12 +123,16 @@ pub(crate) struct Root {
 
 impl Root {
     pub(crate) fn new(graph: &Graph, node: Arc<Node>, permissions: Permissions) -> Arc<Root> {
+        let gate = Gate {
+            home: node.home_context().id(),
+            ..Gate::default()
+        };
         Arc::new(Root {
             end: End::new(graph, node, permissions),
             requests: RequestTable::new(),
             accounting: Accounting::new(),
             traced: AtomicU64::new(0),
-            gate: ThreadLock::new(Gate::default()),
+            gate: ThreadLock::new(gate),
             resuming: AtomicU32::new(0),
             operations: AtomicU32::new(0),
         })
@@ -126,6 +149,10 @@ impl Root {
 
     pub(crate) fn set_device(&self, device: Option<Arc<dyn Device>>) {
         self.gate.lock().device = device;
+    }
+
+    pub(crate) fn allow_moves(&self, on: bool) {
+        self.gate.lock().moves = on;
     }
 
     pub(crate) fn set_queueing(&self, on: bool) {
@@ -323,6 +350,35 @@ impl Parent for Root {
             && let Some(device) = self.device()
         {
             device.resized(len);
+        }
+    }
+
+    fn may_move(&self, node: &Node, to: &Arc<AioContext>, wants_it: bool) -> Result<()> {
+        let (allowed, device) = {
+            let gate = self.gate.lock();
+            (wants_it || gate.moves, gate.device.clone())
+        };
+        let refuses = if !allowed {
+            self.who()
+        } else if device.is_some_and(|device| !device.may_move(to)) {
+            format!("the device of {}", self.who())
+        } else {
+            return Ok(());
+        };
+        let (name, to) = (node.name(), to.name());
+        let message =
+            format!("Node '{name}' cannot move to context '{to}': {refuses} does not allow it");
+        Err(Error::new(ErrorKind::Conflict, message))
+    }
+
+    fn moved(&self, to: &Arc<AioContext>) {
+        let device = {
+            let mut gate = self.gate.lock();
+            let before = std::mem::replace(&mut gate.home, to.id());
+            gate.device.clone().filter(|_| before != to.id())
+        };
+        if let Some(device) = device {
+            device.moved(to);
         }
     }
 

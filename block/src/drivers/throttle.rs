@@ -11,7 +11,7 @@ use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
 use crate::throttle::{Direction, Member};
 use crate::types::{ChildRole, RequestFlags, bytes};
-use coblock_aio::{IoVec, IoVecMut};
+use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
 use std::sync::Arc;
 
@@ -141,6 +141,10 @@ impl Driver for Throttle {
 
     fn drained_end(&self) {
         self.member.lift(false);
+    }
+
+    fn may_move(&self, to: &Arc<AioContext>) -> Result<()> {
+        self.member.group().check_clock(to)
     }
 
     fn len(&self) -> u64 {

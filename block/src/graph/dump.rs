@@ -21,6 +21,8 @@ pub struct NodeDump {
     pub users: usize,
     /// In how many drained sections it is.
     pub drained_sections: u32,
+    /// Name of its home context.
+    pub home: String,
     /// Edges to its children: name, role, name of the node below.
     pub children: Vec<(String, String, String)>,
     /// Its requests in flight.
@@ -45,6 +47,7 @@ impl Graph {
             read_only: node.is_read_only(),
             users: node.users(),
             drained_sections: node.drained_sections(),
+            home: node.home_context().name().to_owned(),
             children: node
                 .children(graph)
                 .iter()
@@ -76,6 +79,7 @@ impl GraphDump {
             if node.drained_sections > 0 {
                 label += &format!("\ndrained {}", node.drained_sections);
             }
+            label += &format!("\nin context {}", node.home);
             for request in &node.requests {
                 label += &format!("\n{}", words(request));
             }
@@ -103,7 +107,7 @@ impl GraphDump {
             let requests = node.requests.iter().map(request_json);
             format!(
                 "{{\"name\":{},\"driver\":{},\"filename\":{},\"len\":{},\"read-only\":{},\"users\":{},\
-                 \"drained-sections\":{},\"children\":[{}],\"requests\":[{}]}}",
+                 \"drained-sections\":{},\"home\":{},\"children\":[{}],\"requests\":[{}]}}",
                 quoted(&node.name),
                 quoted(node.driver),
                 quoted(&node.filename),
@@ -111,6 +115,7 @@ impl GraphDump {
                 node.read_only,
                 node.users,
                 node.drained_sections,
+                quoted(&node.home),
                 children.collect::<Vec<_>>().join(","),
                 requests.collect::<Vec<_>>().join(",")
             )

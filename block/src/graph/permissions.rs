@@ -15,6 +15,7 @@ use crate::drain::{Parent, Section};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::Node;
 use crate::types::{Perm, Permissions};
+use coblock_aio::AioContext;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -32,6 +33,8 @@ pub(crate) struct Future {
     coming: BTreeMap<usize, Vec<Arc<dyn Parent>>>,
     /// By node that becomes read-only, or writable.
     read_only: BTreeMap<usize, (Arc<Node>, bool)>,
+    /// By node that moves: its home.
+    homes: BTreeMap<usize, Arc<AioContext>>,
     /// Nodes that lose their last user.
     removed: BTreeSet<usize>,
     /// Where users came from.
@@ -62,6 +65,17 @@ impl Future {
     /// With `node` read-only or not.
     pub(crate) fn reopen(&mut self, node: &Arc<Node>, read_only: bool) {
         self.read_only.insert(key(node), (node.clone(), read_only));
+    }
+
+    /// With `node` at home in `context`.
+    pub(crate) fn rehome(&mut self, node: &Arc<Node>, context: &Arc<AioContext>) {
+        self.homes.insert(key(node), context.clone());
+    }
+
+    /// The home of `node`.
+    pub(crate) fn home(&self, node: &Arc<Node>) -> Arc<AioContext> {
+        let moved = self.homes.get(&key(node));
+        moved.map_or_else(|| node.home_context(), Arc::clone)
     }
 
     fn is_read_only(&self, node: &Arc<Node>) -> bool {

@@ -13,6 +13,7 @@
 //! graph as it will be, so the order of steps inside a transaction does not matter.
 
 mod commit;
+mod moving;
 mod reopen;
 
 pub use reopen::Reopen;
@@ -24,11 +25,14 @@ use crate::drain::{Drain, Drained, Parent, Quiesced};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::{Node, close_unused};
 use crate::types::ChildRole;
+use coblock_aio::AioContext;
 use coblock_coroutine::{Co, Hold, ThreadLock};
 use commit::commit;
+use moving::Moving;
 use reopen::Reopening;
 use std::collections::BTreeSet;
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -98,6 +102,14 @@ impl Step {
     }
 }
 
+/// What a transaction is made of; goes to the main home and back.
+#[derive(Default)]
+struct Parts {
+    steps: Vec<Step>,
+    moves: Vec<Moving>,
+    actions: Vec<Box<dyn Action>>,
+}
+
 /// Changes of one graph that happen together or not at all (rule 8.2).
 ///
 /// ```no_run
@@ -114,9 +126,8 @@ impl Step {
 #[must_use = "nothing happens before it is run"]
 pub struct Transaction {
     graph: Arc<Graph>,
-    steps: Vec<Step>,
+    parts: Parts,
     touched: Vec<Arc<Node>>,
-    actions: Vec<Box<dyn Action>>,
     limit: Option<Duration>,
 }
 
@@ -125,9 +136,8 @@ impl Transaction {
     pub fn new(graph: &Arc<Graph>) -> Transaction {
         Transaction {
             graph: graph.clone(),
-            steps: Vec::new(),
+            parts: Parts::default(),
             touched: Vec::new(),
-            actions: Vec::new(),
             limit: None,
         }
     }
@@ -142,7 +152,7 @@ impl Transaction {
     /// All users of `from` get `to` instead; not those that are `to` itself or stand below it. If
     /// nobody uses `from` then, it is closed. Keep it with a [`BlockBackend`] that holds nothing.
     pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>) -> &mut Self {
-        self.steps.push(Step::Users {
+        self.parts.steps.push(Step::Users {
             from: from.clone(),
             to: to.clone(),
         });
@@ -163,7 +173,7 @@ impl Transaction {
             "node '{}' neither filters another node nor has a backing file",
             above.name()
         );
-        self.steps.push(Step::Above(above.clone()));
+        self.parts.steps.push(Step::Above(above.clone()));
         self
     }
 
@@ -178,7 +188,7 @@ impl Transaction {
             "node '{}' is no filter",
             filter.name()
         );
-        self.steps.push(Step::Out(filter.clone()));
+        self.parts.steps.push(Step::Out(filter.clone()));
         self
     }
 
@@ -193,28 +203,52 @@ impl Transaction {
     }
 
     fn user(&mut self, user: Arc<dyn Parent>, to: &Arc<Node>) -> &mut Self {
-        self.steps.push(Step::User {
+        self.parts.steps.push(Step::User {
             user,
             to: to.clone(),
         });
         self
     }
 
+    /// `node` and all that is connected with it get the home `context` (rule 8.3): drivers' handlers,
+    /// timers and sockets move there. Every driver and every backend must allow it
+    /// ([`BlockBackend::allow_moves`]).
+    #[track_caller]
+    pub fn move_to(&mut self, node: &Arc<Node>, context: &Arc<AioContext>) -> &mut Self {
+        self.moves(node, context, None)
+    }
+
+    /// The same as the wish of a backend, which is not asked then.
+    #[track_caller]
+    pub(crate) fn moves(
+        &mut self,
+        node: &Arc<Node>,
+        context: &Arc<AioContext>,
+        mover: Option<Arc<dyn Parent>>,
+    ) -> &mut Self {
+        let at = Location::caller();
+        let moving = Moving::component(&self.graph, node, context, mover, at);
+        self.parts.moves.push(moving);
+        self
+    }
+
     /// `node` gets other options while it stays open.
     pub fn reopen(&mut self, node: &Arc<Node>, to: Reopen) -> &mut Self {
-        self.steps.push(Step::Reopen {
+        self.parts.steps.push(Step::Reopen {
             node: node.clone(),
             to,
         });
         let (graph, node) = (self.graph.clone(), node.clone());
-        self.actions.push(Box::new(Reopening::new(graph, node, to)));
+        self.parts
+            .actions
+            .push(Box::new(Reopening::new(graph, node, to)));
         self
     }
 
     /// Something else that happens with it, with `nodes` drained.
     pub fn action(&mut self, nodes: &[Arc<Node>], action: Box<dyn Action>) -> &mut Self {
         self.touched.extend(nodes.iter().cloned());
-        self.actions.push(action);
+        self.parts.actions.push(action);
         self
     }
 
@@ -239,15 +273,28 @@ impl Transaction {
         );
         let graph = self.graph.clone();
         let _one_at_a_time = graph.changing.lock(co);
+        self.find_moves()?;
+        if self.is_empty() {
+            self.parts = Parts::default();
+            return Ok(());
+        }
         let sections = self.drain(co)?;
         let mut prepared = 0;
         let mut result = Ok(());
-        for action in &mut self.actions {
+        for action in &mut self.parts.actions {
             result = action.prepare(co);
             if result.is_err() {
                 break;
             }
             prepared += 1;
+        }
+        let mut detached = 0;
+        for moving in &mut self.parts.moves {
+            result = result.and_then(|()| moving.detach(co));
+            if result.is_err() {
+                break;
+            }
+            detached += 1;
         }
         let mut unused = Vec::new();
         if result.is_ok() {
@@ -256,12 +303,20 @@ impl Transaction {
                 Err(error) => result = Err(error),
             }
         }
+        let Parts { moves, actions, .. } = &mut self.parts;
         if result.is_err() {
-            for action in self.actions[..prepared].iter_mut().rev() {
+            for moving in moves[..detached].iter_mut().rev() {
+                moving.abort(co);
+            }
+            for action in actions[..prepared].iter_mut().rev() {
                 action.abort(co);
             }
+        } else {
+            for moving in moves {
+                moving.attach(co);
+            }
         }
-        for action in &mut self.actions[..prepared] {
+        for action in &mut actions[..prepared] {
             action.clean(co);
         }
         for node in unused {
@@ -275,9 +330,8 @@ impl Transaction {
             }
         }
         drop(sections);
-        self.steps.clear();
+        self.parts = Parts::default();
         self.touched.clear();
-        self.actions.clear();
         result
     }
 
@@ -313,16 +367,45 @@ impl Transaction {
         result.expect("it has ended")
     }
 
+    /// Nobody notices it: all that was to move is there already.
+    fn is_empty(&self) -> bool {
+        let Parts {
+            steps,
+            moves,
+            actions,
+        } = &self.parts;
+        let nobody_moves = moves.iter().all(|moving| moving.nodes().next().is_none());
+        steps.is_empty() && actions.is_empty() && nobody_moves
+    }
+
+    /// Who gets another home; nothing has happened yet if somebody refuses.
+    fn find_moves(&mut self) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        for moving in &mut self.parts.moves {
+            moving.find()?;
+            for node in moving.nodes() {
+                if !seen.insert(Arc::as_ptr(node).addr()) {
+                    let message = "A transaction moves a node twice";
+                    return Err(node.locate(Error::new(ErrorKind::Invalid, message)));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Every touched node, and what they write is on stable storage where a node may be closed.
     fn drain(&self, co: &Co) -> Result<Vec<Drained>> {
         let mut touched: Vec<Arc<Node>> = Vec::new();
         let mut left = Vec::new();
-        for step in &self.steps {
+        for step in &self.parts.steps {
             let (nodes, from) = step.nodes();
             touched.extend(nodes);
             left.push(from);
         }
         touched.extend(self.touched.iter().cloned());
+        for moving in &self.parts.moves {
+            touched.extend(moving.nodes().cloned());
+        }
         let mut seen = BTreeSet::new();
         touched.retain(|node| seen.insert(Arc::as_ptr(node).addr()));
         let mut sections = Vec::new();
@@ -348,24 +431,20 @@ impl Transaction {
     fn commit_in_main(&mut self, co: &Co) -> Result<Vec<Arc<Node>>> {
         let main = self.graph.main_context().clone();
         // So that readers do not arrive for ever (rule 7.5).
-        let _quiesced = in_main_home(co, &main, {
+        let _quiesced = in_home(co, &main, {
             let graph = self.graph.clone();
             move || Quiesced::all(&graph)
         });
-        let parts = Arc::new(ThreadLock::new((
-            std::mem::take(&mut self.steps),
-            std::mem::take(&mut self.actions),
-        )));
+        let parts = Arc::new(ThreadLock::new(std::mem::take(&mut self.parts)));
         let _waits = self.graph.lock.announce();
         let result = loop {
             // Listed before the attempt: who leaves after it wakes.
             self.graph.writers.lock().push(co.wake_handle());
-            let attempt = in_main_home(co, &main, {
+            let attempt = in_home(co, &main, {
                 let (graph, parts) = (self.graph.clone(), parts.clone());
                 move || {
                     let mut write = graph.try_write()?;
-                    let (steps, actions) = &mut *parts.lock();
-                    Some(commit(&mut write, steps, actions))
+                    Some(commit(&mut write, &mut parts.lock()))
                 }
             });
             match attempt {
@@ -374,18 +453,18 @@ impl Transaction {
             }
         };
         self.graph.writers.lock().clear();
-        (self.steps, self.actions) = std::mem::take(&mut *parts.lock());
+        self.parts = std::mem::take(&mut *parts.lock());
         result
     }
 }
 
 impl fmt::Debug for Transaction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let nodes = self.steps.iter().flat_map(|step| step.nodes().0);
+        let nodes = self.parts.steps.iter().flat_map(|step| step.nodes().0);
         let names: Vec<_> = nodes.map(|node| node.name().to_owned()).collect();
         f.debug_struct("Transaction")
             .field("nodes", &names)
-            .field("actions", &self.actions.len())
+            .field("actions", &self.parts.actions.len())
             .finish_non_exhaustive()
     }
 }
@@ -398,14 +477,14 @@ fn stands_on(node: &Arc<Node>) -> Option<&Arc<Child>> {
     edge_of(node, ChildRole::Filtered).or_else(|| edge_of(node, ChildRole::Backing))
 }
 
-/// Calls `f` in the main home, outside of coroutines.
-pub(crate) fn in_main_home<R: Send + 'static>(
+/// Calls `f` in the home of `context`, outside of coroutines. Suspends.
+pub(crate) fn in_home<R: Send + 'static>(
     co: &Co,
-    main: &Arc<coblock_aio::AioContext>,
+    context: &Arc<AioContext>,
     f: impl FnOnce() -> R + Send + 'static,
 ) -> R {
     let done = Arc::new(ThreadLock::new(None));
-    main.oneshot({
+    context.oneshot({
         let (done, handle) = (done.clone(), co.wake_handle());
         move || {
             let result = f();

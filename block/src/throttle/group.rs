@@ -7,7 +7,7 @@
 use super::Direction;
 use super::bucket::{Bucket, at_least_one, whole};
 use super::config::{Limit, ThrottleConfig};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use coblock_aio::{AioContext, Clock, Timer};
 use coblock_coroutine::{Co, ThreadLock, WakeHandle, mutant};
 use std::collections::{BTreeMap, VecDeque};
@@ -172,6 +172,20 @@ impl ThrottleGroup {
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Do the timers of `context` go by the clock of the group?
+    ///
+    /// # Errors
+    /// `Invalid`: they do not; it can serve no member.
+    pub(crate) fn check_clock(&self, context: &AioContext) -> Result<()> {
+        if context.clock().is_same(&self.clock) {
+            return Ok(());
+        }
+        let (name, context) = (&self.name, context.name());
+        let message =
+            format!("Throttle group '{name}' runs by another clock than context '{context}'");
+        Err(Error::new(ErrorKind::Invalid, message))
     }
 
     /// The limits.

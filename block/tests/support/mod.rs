@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test uses its part")]
 
 pub mod change;
+pub mod contexts;
 pub mod counted;
 
 use coblock_aio::{AioContext, Clock, ContextOptions, EngineKind, Home, Park, VirtualClock};
@@ -210,3 +211,10 @@ pub fn settle(world: &World) {
 
 /// How a request ended, once it has.
 pub type Ended = Rc<RefCell<Option<Result<()>>>>;
+
+/// Closes the backend, whose node lives in `thread`, before that ends.
+pub fn end_after(world: World, backend: Arc<BlockBackend>, thread: coblock_aio::IoThread) {
+    world.run(|co| backend.close(co)).unwrap();
+    thread.stop();
+    end(world, backend);
+}

@@ -1,6 +1,7 @@
 //! The part of a transaction that happens with the graph locked: everything, or nothing.
 
-use super::{Action, Step, edge_of, stands_on};
+use super::moving::{Moving, apart};
+use super::{Parts, Step, edge_of, stands_on};
 use crate::drain::{Parent, Section};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphWrite;
@@ -11,15 +12,16 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Tells which nodes have no user any more.
-pub(super) fn commit(
-    write: &mut GraphWrite<'_>,
-    steps: &[Step],
-    actions: &mut [Box<dyn Action>],
-) -> Result<Vec<Arc<Node>>> {
+pub(super) fn commit(write: &mut GraphWrite<'_>, parts: &mut Parts) -> Result<Vec<Arc<Node>>> {
+    let Parts {
+        steps,
+        moves,
+        actions,
+    } = parts;
     let graph = write.graph().clone();
     let unused = graph.section(|section| {
         let mut future = Future::default();
-        for step in steps {
+        for step in &*steps {
             match step {
                 Step::Users { from, to } => lead_users(&mut future, from, to, section),
                 Step::Above(node) => {
@@ -42,8 +44,16 @@ pub(super) fn commit(
                 }
             }
         }
+        for moving in &*moves {
+            for node in moving.nodes() {
+                future.rehome(node, moving.to());
+            }
+        }
         future.settle();
-        let result = move_all(write, &future, section);
+        let asked = moves
+            .iter()
+            .try_for_each(|moving| moving.ask_again(section));
+        let result = asked.and_then(|()| move_all(write, &future, moves, section));
         future.keep(section);
         result
     })?;
@@ -65,14 +75,19 @@ fn lead_users(future: &mut Future, from: &Arc<Node>, to: &Arc<Node>, section: &m
 fn move_all(
     write: &mut GraphWrite<'_>,
     future: &Future,
+    rehomed: &mut [Moving],
     section: &mut Section<'_>,
 ) -> Result<Vec<Arc<Node>>> {
     for (user, to) in future.moves() {
         refuse_unfit(user, to, section)?;
+        refuse_two_homes(user, to, future, section)?;
     }
     let permissions = future.prepare()?;
     // From here on nothing fails.
     permissions.commit();
+    for moving in rehomed {
+        moving.commit(section);
+    }
     for (user, to) in future.moves() {
         let from = move_user(write, section, user, to);
         section.nodes.push(from);
@@ -106,6 +121,7 @@ fn move_user(
         user.drained_end(section);
     }
     user.node_changed(from.len(), to.len(), section);
+    user.moved(&to.home_context());
     from
 }
 
@@ -152,6 +168,29 @@ fn refuse_unfit(user: &Arc<dyn Parent>, to: &Arc<Node>, section: &mut Section<'_
             to.name()
         );
         return Err(Error::new(ErrorKind::Invalid, message));
+    }
+    Ok(())
+}
+
+/// Edges join nodes of one home (rule 8.3). A backend lives where its node does, if it may.
+fn refuse_two_homes(
+    user: &Arc<dyn Parent>,
+    to: &Arc<Node>,
+    future: &Future,
+    section: &mut Section<'_>,
+) -> Result<()> {
+    let home = future.home(to);
+    if let Some(owner) = user.owner() {
+        let above = future.home(&owner);
+        let apart = (above.id() != home.id()).then(|| apart(&owner, &above, to, &home));
+        section.nodes.push(owner);
+        return apart.map_or(Ok(()), Err);
+    }
+    let from = user.end().now();
+    let moves = future.home(&from).id() != home.id();
+    section.nodes.push(from);
+    if moves {
+        user.may_move(to, &home, false)?;
     }
     Ok(())
 }

@@ -1,0 +1,629 @@
+//! Nodes move to another home context (rule 8.3), and what that has to do with contexts (rules 3.8 to
+//! 3.10).
+
+mod support;
+
+use coblock_aio::{AioContext, ContextOptions, EngineKind, Home, IoThread, move_to};
+use coblock_block::drivers::sim::{Fault, Match, SimDisk};
+use coblock_block::throttle::{ThrottleConfig, ThrottleGroup};
+use coblock_block::{
+    Action, BlockBackend, Device, Drain, Error, ErrorKind, GraphWrite, Options, Result, Transaction,
+};
+use coblock_coroutine::{Co, ThreadLock};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use support::contexts::Contexts;
+use support::counted::Calls;
+use support::{PLAIN, World, pattern, sim};
+
+fn filter(name: &str, file: &str, calls: &Arc<Calls>) -> Options {
+    Options::new()
+        .with("driver", "counted")
+        .with("node-name", name)
+        .with("file", file)
+        .with_object("calls", calls.clone())
+}
+
+fn named(name: &str) -> Options {
+    sim(&SimDisk::new(64 << 10)).with("node-name", name)
+}
+
+fn homes(want: &[(&str, &str)]) -> Vec<(String, String)> {
+    let owned = |(node, home): &(&str, &str)| ((*node).to_owned(), (*home).to_owned());
+    want.iter().map(owned).collect()
+}
+
+/// Two disks on one base, and one beside them.
+struct Shared {
+    contexts: Contexts,
+    a: Arc<BlockBackend>,
+    b: Arc<BlockBackend>,
+    beside: Arc<BlockBackend>,
+    calls: [Arc<Calls>; 2],
+}
+
+fn shared() -> Shared {
+    let contexts = Contexts::new(1, &["main", "io", "other"]);
+    let base = contexts.open(named("base")).unwrap();
+    let calls = [Arc::new(Calls::default()), Arc::new(Calls::default())];
+    let a = contexts.open(filter("a", "base", &calls[0])).unwrap();
+    let b = contexts.open(filter("b", "base", &calls[1])).unwrap();
+    let beside = contexts.open(named("beside")).unwrap();
+    contexts.run(0, |co| base.close(co)).unwrap();
+    Shared {
+        contexts,
+        a,
+        b,
+        beside,
+        calls,
+    }
+}
+
+/// Rule 8.3: all that is connected moves, siblings under a common node too, each node once; what is
+/// not connected stays. A user that does not allow it is named, and nothing has changed: not even a
+/// section began.
+#[test]
+fn rule_8_3_a_whole_component_moves() {
+    let Shared {
+        contexts,
+        a,
+        b,
+        beside,
+        calls,
+    } = shared();
+    let before = contexts.dump();
+    let io = contexts.context(1).clone();
+    let refused = contexts.run(0, |co| a.move_to(co, &io)).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Conflict);
+    let words = "Node 'b' cannot move to context 'io': an unnamed block device does not allow it";
+    assert!(refused.to_string().contains(words), "{refused}");
+    assert_eq!(contexts.dump(), before);
+    assert_eq!((calls[0].get(), calls[1].get()), ((0, 0), (0, 0)));
+
+    b.allow_moves(true);
+    contexts.run(0, |co| a.move_to(co, &io)).unwrap();
+    let there = [("a", "io"), ("b", "io"), ("base", "io"), ("beside", "main")];
+    assert_eq!(contexts.homes_of_nodes(), homes(&there));
+    assert!(contexts.dump().contains(r#""home":"io""#));
+    assert_eq!(a.home_context().id(), io.id());
+    // Requests come from any context, as before.
+    for n in 0..3 {
+        let byte = u8::try_from(n).unwrap();
+        contexts.run(n, |co| {
+            b.pwrite(co, 0, &[byte; 512][..], PLAIN).unwrap();
+            let mut data = [9; 512];
+            a.pread(co, 0, &mut data[..]).unwrap();
+            assert_eq!(data, [byte; 512]);
+        });
+    }
+    a.allow_moves(true);
+    let (node, main) = (b.node(), contexts.context(0).clone());
+    let graph = contexts.graph.clone();
+    contexts
+        .run(2, |co| {
+            Transaction::new(&graph).move_to(&node, &main).run(co)
+        })
+        .unwrap();
+    drop(node);
+    assert_eq!(contexts.dump(), before, "moved back, as it was");
+    contexts.end(vec![a, b, beside]);
+}
+
+/// Rule 8.3: sections begin in the old home and end in the new one; handlers leave the one and come to
+/// the other, each in its own home. Also from the new home, and inside of sections of others.
+#[test]
+fn rule_8_3_begin_in_the_old_end_in_the_new() {
+    let contexts = Contexts::new(2, &["main", "io", "other"]);
+    let calls = Arc::new(Calls::default());
+    let options = Options::new()
+        .with("driver", "counted")
+        .with_object("calls", calls.clone())
+        .with("file.driver", "sim")
+        .with_object("file.disk", SimDisk::new(4096));
+    let backend = contexts.open(options).unwrap();
+    let move_from = |n: usize, to: usize| {
+        let to = contexts.context(to).clone();
+        contexts.run(n, |co| backend.move_to(co, &to)).unwrap();
+        calls.notes()
+    };
+    assert_eq!(
+        move_from(0, 1),
+        "begin main, detach main, attach io, end io"
+    );
+    assert_eq!(move_from(1, 1), "", "it is there");
+    assert_eq!(
+        move_from(1, 2),
+        "begin io, detach io, attach other, end other"
+    );
+    // Inside a section: nothing begins or ends.
+    let section = contexts.run(0, |co| backend.drain(co));
+    assert_eq!(calls.notes(), "begin other");
+    assert_eq!(move_from(0, 1), "detach other, attach io");
+    assert_eq!(move_from(2, 0), "detach io, attach main");
+    assert!(backend.is_quiesced());
+    drop(section);
+    assert_eq!(calls.notes(), "end main");
+    contexts.end(vec![backend]);
+}
+
+/// Where a device was told to be, and whether it lets its node go.
+#[derive(Default)]
+struct Told {
+    stays: AtomicBool,
+    moved: ThreadLock<Vec<String>>,
+    resized_in: ThreadLock<Vec<(u64, String)>>,
+}
+
+impl Device for Told {
+    fn may_move(&self, _to: &Arc<AioContext>) -> bool {
+        !self.stays.load(Ordering::Relaxed)
+    }
+
+    fn moved(&self, to: &Arc<AioContext>) {
+        self.moved.lock().push(to.name().to_owned());
+    }
+
+    fn resized(&self, len: u64) {
+        let context = coblock_aio::current().expect("in the home of the node");
+        self.resized_in
+            .lock()
+            .push((len, context.name().to_owned()));
+    }
+}
+
+/// Rule 8.3: drivers, devices and limits may refuse, each with an error that says who; then nothing
+/// has changed. A device is told where its node lives.
+#[test]
+fn rule_8_3_whoever_refuses_is_named() {
+    let Shared {
+        contexts,
+        a,
+        b,
+        beside,
+        calls,
+    } = shared();
+    b.allow_moves(true);
+    let device = Arc::new(Told::default());
+    b.set_device(Some(device.clone()));
+    let io = contexts.context(1).clone();
+    let before = contexts.dump();
+    let refused = |kind, words: &str, to: &Arc<AioContext>| {
+        let error = contexts.run(0, |co| a.move_to(co, to)).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+        assert_eq!(contexts.dump(), before);
+        assert_eq!(calls[0].get(), (0, 0), "no section began");
+    };
+    device.stays.store(true, Ordering::Relaxed);
+    let words = "the device of an unnamed block device does not allow it";
+    refused(ErrorKind::Conflict, words, &io);
+    device.stays.store(false, Ordering::Relaxed);
+    calls[1].stays.store(true, Ordering::Relaxed);
+    refused(ErrorKind::NotSupported, "told to stay", &io);
+    calls[1].stays.store(false, Ordering::Relaxed);
+    let home = Home::new(ContextOptions::named("gone")).unwrap();
+    let gone = home.context().clone();
+    home.close();
+    let error = contexts.run(0, |co| a.move_to(co, &gone)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+    assert_eq!(contexts.dump(), before);
+    assert!(device.moved.lock().is_empty());
+    contexts.run(0, |co| a.move_to(co, &io)).unwrap();
+    assert_eq!(*device.moved.lock(), ["io"]);
+    contexts.end(vec![a, b, beside]);
+}
+
+/// Rules 8.1, 8.3: limits go by one clock, so a node with limits does not move to a context with
+/// another one. Its timers are where its requests are: none stays in the old home.
+#[test]
+fn rule_8_3_limits_move_along() {
+    let contexts = Contexts::new(3, &["main", "io"]);
+    let config = ThrottleConfig {
+        iops_total: coblock_block::throttle::Limit::average(10),
+        ..ThrottleConfig::default()
+    };
+    let group = ThrottleGroup::new("limits", contexts.context(0).clock(), config).unwrap();
+    contexts.graph.add_throttle_group(&group).unwrap();
+    let options = Options::new()
+        .with("driver", "throttle")
+        .with("node-name", "limited")
+        .with("throttle-group", "limits")
+        .with("file.driver", "sim")
+        .with_object("file.disk", SimDisk::new(4096));
+    let backend = contexts.open(options).unwrap();
+    let real = Home::new(ContextOptions::named("real")).unwrap();
+    let error = contexts
+        .run(0, |co| backend.move_to(co, real.context()))
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(error.to_string().contains("another clock"), "{error}");
+    let ended = Arc::new(AtomicUsize::new(0));
+    for _ in 0..4 {
+        let (backend, ended) = (backend.clone(), ended.clone());
+        contexts.homes[1].spawn("limited", move |co| {
+            backend.pread(co, 0, &mut [0; 512][..]).unwrap();
+            ended.fetch_add(1, Ordering::Relaxed);
+        });
+    }
+    assert!(group.waiting() > 0, "there is a timer in 'io'");
+    let io = contexts.context(1).clone();
+    contexts.run(0, |co| backend.move_to(co, &io)).unwrap();
+    assert_eq!((ended.load(Ordering::Relaxed), group.waiting()), (4, 0));
+    let main = contexts.context(0).clone();
+    contexts.run(0, |co| backend.move_to(co, &main)).unwrap();
+    real.close();
+    // The end of the contexts refuses timers that are left.
+    contexts.end(vec![backend]);
+}
+
+struct Fails;
+
+impl Action for Fails {
+    fn prepare(&mut self, _co: &Co) -> Result<()> {
+        Err(Error::new(ErrorKind::Invalid, "told to fail"))
+    }
+
+    fn commit(&mut self, _graph: &mut GraphWrite<'_>) {}
+}
+
+/// Rules 8.2, 8.3: a move is part of a transaction. Where that fails at the very end, drivers are back
+/// in the old home; edges never join two homes.
+#[test]
+fn rule_8_3_a_move_is_part_of_a_transaction() {
+    let Shared {
+        contexts,
+        a,
+        b,
+        beside,
+        calls,
+    } = shared();
+    b.allow_moves(true);
+    a.allow_moves(true);
+    let (io, graph) = (contexts.context(1).clone(), contexts.graph.clone());
+    let before = contexts.dump();
+    let (node, other) = (a.node(), beside.node());
+    let edge = contexts.homes[0].with(|| graph.read_in_main(|main| node.children(main)[0].clone()));
+
+    // A cycle is found when the graph is locked.
+    let mut cycle = Transaction::new(&graph);
+    cycle.move_to(&node, &io).set_child(&edge, &node);
+    let error = contexts.run(0, |co| cycle.run(co)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Chain, "{error}");
+    assert_eq!(
+        calls[0].notes(),
+        "begin main, detach main, attach main, end main"
+    );
+    assert_eq!(contexts.dump(), before);
+
+    let mut fails = Transaction::new(&graph);
+    fails.move_to(&node, &io).action(&[], Box::new(Fails));
+    assert!(contexts.run(0, |co| fails.run(co)).is_err());
+    assert_eq!(calls[0].notes(), "begin main, end main");
+
+    let mut twice = Transaction::new(&graph);
+    twice
+        .move_to(&node, &io)
+        .move_to(&b.node(), contexts.context(2));
+    let error = contexts.run(0, |co| twice.run(co)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+
+    // One of two edges would join two homes.
+    let mut apart = Transaction::new(&graph);
+    apart.move_to(&node, &io).set_child(&edge, &other);
+    let error = contexts.run(0, |co| apart.run(co)).unwrap_err();
+    let words =
+        "Node 'a' lives in context 'io' and node 'beside' in 'main': one of them moves first";
+    assert_eq!(
+        (error.kind(), error.to_string()),
+        (ErrorKind::Conflict, words.to_owned())
+    );
+    assert_eq!(contexts.dump(), before);
+
+    // A backend goes where its new node lives, if it may.
+    beside.allow_moves(false);
+    contexts.run(0, |co| beside.move_to(co, &io)).unwrap();
+    let goes = |backend: &BlockBackend| {
+        let mut transaction = Transaction::new(&graph);
+        transaction.set_node(backend, &node);
+        contexts.run(0, |co| transaction.run(co))
+    };
+    assert_eq!(goes(&beside).unwrap_err().kind(), ErrorKind::Conflict);
+    beside.allow_moves(true);
+    goes(&beside).unwrap();
+    assert_eq!(beside.home_context().name(), "main");
+    drop((cycle, fails, twice, apart));
+    drop((node, other, edge));
+    contexts.end(vec![a, b, beside]);
+}
+
+/// Rule 8.3: what is opened on a node that moved goes where that lives; on nodes of two homes it is
+/// not opened, and nothing stays open.
+#[test]
+fn rule_8_3_new_nodes_go_where_theirs_live() {
+    let contexts = Contexts::new(4, &["main", "io"]);
+    let disk = contexts.open(named("disk")).unwrap();
+    let stays = contexts.open(named("stays")).unwrap();
+    let io = contexts.context(1).clone();
+    contexts.run(0, |co| disk.move_to(co, &io)).unwrap();
+    let calls = Arc::new(Calls::default());
+    let above = contexts.open_node(filter("above", "disk", &calls)).unwrap();
+    assert_eq!(above.home_context().name(), "io");
+    assert_eq!(calls.notes(), "begin main, detach main, attach io, end io");
+    contexts.close_node(above);
+    let both = filter("both", "disk", &calls).with("beside", "stays");
+    let error = contexts.open_node(both).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    assert!(
+        error.to_string().contains("one of them moves first"),
+        "{error}"
+    );
+    assert_eq!(
+        contexts.homes_of_nodes(),
+        homes(&[("disk", "io"), ("stays", "main")])
+    );
+    contexts.run(0, |co| disk.close(co)).unwrap();
+    // A closed node lives nowhere: its context may end.
+    contexts.end(vec![disk, stays]);
+}
+
+/// Rules 3.3, 8.3: a context does not end with a node in it; the refusal names the node and where it
+/// was moved. After that nothing moves away from it, or to it.
+#[test]
+fn rule_8_3_a_context_ends_without_nodes() {
+    let world = World::with_engine(EngineKind::Threads);
+    let backend = world.open(named("disk")).unwrap();
+    let thread = IoThread::new(ContextOptions {
+        engine: EngineKind::None,
+        ..ContextOptions::named("io")
+    })
+    .unwrap();
+    let context = thread.context().clone();
+    world.home.with(|| {
+        let mut transaction = Transaction::new(&world.graph);
+        backend.allow_moves(true);
+        transaction.move_to(&backend.node(), &context);
+        transaction.run_blocking().unwrap();
+    });
+    let line = line!() - 3;
+    let refused = catch_unwind(AssertUnwindSafe(|| thread.stop())).unwrap_err();
+    let refused = *refused.downcast::<String>().unwrap();
+    for words in [
+        "context 'io' closed with live node 'disk', moved at ",
+        &format!("{}:{line}:", file!()),
+        "rule 3.3",
+    ] {
+        assert!(refused.contains(words), "{refused} does not say {words}");
+    }
+    let main = world.home.context().clone();
+    let error = world.run(|co| backend.move_to(co, &main)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+    assert!(
+        error.to_string().contains("event loop 'io' has ended"),
+        "{error}"
+    );
+    // It reads and is closed as ever.
+    world
+        .run(|co| backend.pread(co, 0, &mut [0; 512][..]))
+        .unwrap();
+    world.close(backend).unwrap();
+    world.end();
+}
+
+/// Rules 8.2, 8.3, 3.10: a node is resized in its home, where its device is told; who asked goes on in
+/// its own context, after an error too.
+#[test]
+fn rule_8_2_a_resize_is_in_the_nodes_context() {
+    let contexts = Contexts::new(5, &["main", "io", "other"]);
+    let backend = contexts.open(named("disk")).unwrap();
+    let device = Arc::new(Told::default());
+    backend.set_device(Some(device.clone()));
+    let contexts_of = [(1, "io"), (2, "other"), (0, "main")];
+    for (len, (home, name)) in (2..).zip(contexts_of) {
+        let to = contexts.context(home).clone();
+        contexts.run(0, |co| backend.move_to(co, &to)).unwrap();
+        for from in 0..3 {
+            let len = (len * 10 + from as u64) << 12;
+            contexts.run(from, |co| {
+                backend.resize(co, len).unwrap();
+                assert!(contexts.context(from).is_current(), "back again");
+                let error = backend.resize(co, 1 << 63).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Invalid);
+                assert!(contexts.context(from).is_current(), "also with an error");
+            });
+            assert_eq!(
+                device.resized_in.lock().last(),
+                Some(&(len, name.to_owned()))
+            );
+        }
+    }
+    assert_eq!(contexts.graph.readers(), 0);
+    contexts.end(vec![backend]);
+}
+
+fn io_threads(count: usize) -> Vec<IoThread> {
+    let options = |n| ContextOptions {
+        engine: EngineKind::Threads,
+        ..ContextOptions::named(format!("io {n}"))
+    };
+    (0..count)
+        .map(|n| IoThread::new(options(n)).unwrap())
+        .collect()
+}
+
+/// Rule 8.3: requests come from three threads without a pause while a component of two disks with a
+/// common base moves round between four contexts; each reads what it wrote, and none is lost.
+#[test]
+fn rule_8_3_moves_under_load() {
+    let mut world = World::with_engine(EngineKind::Threads);
+    let counted = Box::new(support::counted::OpenCounted);
+    world.registry.register("counted", counted);
+    let path = tempfile::NamedTempFile::new().unwrap();
+    path.as_file().set_len(1 << 20).unwrap();
+    let file = Options::file(path.path().to_str().unwrap()).with("node-name", "base");
+    let base = world.open(file).unwrap();
+    let calls = Arc::new(Calls::default());
+    let disks: Vec<_> = ["a", "b"]
+        .iter()
+        .map(|name| {
+            Arc::new(
+                world
+                    .open(filter(name, "base", &calls_of(name, &calls)))
+                    .unwrap(),
+            )
+        })
+        .collect();
+    world.close(base).unwrap();
+    for disk in &disks {
+        disk.allow_moves(true);
+    }
+    let threads = io_threads(3);
+    let stop = Arc::new(AtomicBool::new(false));
+    let (left, requests) = (Arc::new(AtomicUsize::new(6)), Arc::new(AtomicU64::new(0)));
+    for n in 0..6_usize {
+        let disk = disks[n % 2].clone();
+        let (stop, left, requests) = (stop.clone(), left.clone(), requests.clone());
+        let load = move |co: &Co| {
+            let mut round = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let (wrote, mut read) = (pattern(round, 4096), vec![0; 4096]);
+                let at = (n as u64) << 16;
+                disk.pwrite(co, at, &wrote[..], PLAIN).unwrap();
+                disk.pread(co, at, &mut read[..]).unwrap();
+                assert_eq!(read, wrote);
+                requests.fetch_add(2, Ordering::Relaxed);
+                round += 1;
+            }
+            left.fetch_sub(1, Ordering::Release);
+        };
+        threads[n % 3].context().spawn("load", load).unwrap();
+    }
+    let mut homes: Vec<_> = threads.iter().map(|t| t.context().clone()).collect();
+    homes.push(world.home.context().clone());
+    for round in 0..100 {
+        let before = requests.load(Ordering::Relaxed);
+        let (disk, home) = (&disks[round % 2], &homes[round % 4]);
+        world.run(|co| disk.move_to(co, home)).unwrap();
+        for disk in &disks {
+            assert_eq!(disk.home_context().id(), home.id());
+        }
+        while requests.load(Ordering::Relaxed) == before {
+            world.home.poll(false);
+            std::thread::yield_now();
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    while left.load(Ordering::Acquire) > 0 {
+        world.home.poll(false);
+        std::thread::yield_now();
+    }
+    let begun = calls.get();
+    assert!(begun.0 >= 100 && begun.0 == begun.1, "{begun:?}");
+    for disk in disks {
+        world.run(|co| disk.close(co)).unwrap();
+    }
+    for thread in threads {
+        thread.stop();
+    }
+    world.end();
+}
+
+/// Only one of the two notes: they would mix.
+fn calls_of(name: &str, calls: &Arc<Calls>) -> Arc<Calls> {
+    if name == "a" {
+        calls.clone()
+    } else {
+        Arc::default()
+    }
+}
+
+/// Rule 3.10, by the unsafe move: a coroutine goes to the home of a node, does a request there that
+/// fails, comes back and goes on; counts are right in both contexts.
+#[test]
+fn rule_3_10_there_and_back_with_an_error() {
+    let world = World::with_engine(EngineKind::Threads);
+    let disk = SimDisk::new(4096);
+    let backend = Arc::new(world.open(sim(&disk).with("node-name", "disk")).unwrap());
+    let thread = io_threads(1).pop().unwrap();
+    let there = thread.context().clone();
+    world.run(|co| backend.move_to(co, &there)).unwrap();
+    let over = Arc::new(AtomicUsize::new(0));
+    let body = {
+        let (backend, over, here) = (backend.clone(), over.clone(), world.home.context().clone());
+        let (disk, there) = (disk.clone(), there.clone());
+        move |co: &Co| {
+            for round in 0..20 {
+                // SAFETY: the frames of this coroutine hold what is `Send` and `Sync`, no guard, and
+                // no handle of a coroutine; it was spawned from a `Send` closure.
+                unsafe { move_to(co, &there) };
+                assert!(there.is_current());
+                if round % 2 == 0 {
+                    disk.fail(Fault::new(Match::writes(), libc::EIO));
+                }
+                let wrote = backend.pwrite(co, 0, &[1; 512][..], PLAIN);
+                let errno = wrote.map_or_else(|error| error.errno(), |()| 0);
+                assert_eq!(errno, if round % 2 == 0 { libc::EIO } else { 0 });
+                // SAFETY: as above.
+                unsafe { move_to(co, &here) };
+                assert!(here.is_current());
+                let mut data = [0; 512];
+                backend.pread(co, 0, &mut data[..]).unwrap();
+                over.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    };
+    world.home.context().spawn("there and back", body).unwrap();
+    while over.load(Ordering::Relaxed) < 20 {
+        world.home.poll(true);
+    }
+    world.home.poll(false);
+    assert_eq!((backend.in_flight(), world.graph.readers()), (0, 0));
+    assert_eq!(there.live_coroutines(), 0);
+    support::end_after(world, backend, thread);
+}
+
+/// Rules 3.8, 3.9, 2.4: a request is waited for in its own home and in the main one, wherever its node
+/// lives; its callback runs where it was submitted.
+#[test]
+fn rule_3_8_waiting_while_the_node_lives_elsewhere() {
+    let world = World::with_engine(EngineKind::Threads);
+    let options = Options::new()
+        .with("driver", "null-co")
+        .with("latency-ns", "100000");
+    let backend = Arc::new(world.open(options).unwrap());
+    let threads = io_threads(2);
+    let homes = [
+        threads[0].context().clone(),
+        threads[1].context().clone(),
+        world.home.context().clone(),
+    ];
+    let waited = Arc::new(AtomicUsize::new(0));
+    for round in 0..30 {
+        world
+            .run(|co| backend.move_to(co, &homes[round % 3]))
+            .unwrap();
+        let (inner, submitter) = (backend.clone(), threads[round % 2].context().clone());
+        let (waited_in, called) = (waited.clone(), Arc::new(AtomicBool::new(false)));
+        let body = move || {
+            let (at, told) = (submitter.clone(), called.clone());
+            let done = move |result: Result<()>, _buf| {
+                result.unwrap();
+                assert!(at.is_current() && !coblock_coroutine::in_coroutine());
+                told.store(true, Ordering::Relaxed);
+            };
+            inner.aio_pread(0, vec![0; 512], done).unwrap();
+            inner.wait_idle(&submitter);
+            assert!(called.load(Ordering::Relaxed), "waited for the callback");
+            waited_in.fetch_add(1, Ordering::Release);
+        };
+        threads[round % 2].context().oneshot(body);
+        let context = threads[round % 2].context();
+        while waited.load(Ordering::Acquire) <= round {
+            world.home.with(|| backend.wait_idle(context));
+            world.home.poll(false);
+        }
+    }
+    world.run(|co| backend.move_to(co, &homes[2])).unwrap();
+    drop(threads);
+    support::end(world, backend);
+}
