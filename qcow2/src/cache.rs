@@ -5,17 +5,20 @@
 //!
 //! ```text
 //!   directory, a word per slice       slots, never unmapped
-//!   [ generation << 32 | slot + 1 ] -> [ 512 words ]      a reader: directory, word, directory again;
-//!   [ 0: not cached               ]                        equal means that the word was valid
+//!   [ generation << 32 | place ] -> [ 512 words ]         a reader: directory, word, directory again;
+//!   [ 0: not cached            ]    [ 32 records ]         equal means that the word was valid
 //! ```
 //!
 //! A lookup that hits takes no lock, holds nothing and writes nothing but one recency bit, only
 //! where it is clear. Everything else happens under one short thread lock: who has which slot, who
-//! loads, pins, what is dirty. `replace.rs` finds the victim; dirty, pinned, loading slots and slots
+//! loads, pins, what is dirty. A slice that is only looked at, and that is a few runs of clusters,
+//! takes a record in a slot that it shares with others (`pages.rs`). `replace.rs` finds the victim; dirty, pinned, loading slots and slots
 //! on their way to the disk are none, and who finds no victim waits. What to write when, and after
 //! what, is the business of `writeback.rs`.
 
+mod pages;
 mod replace;
+mod runs;
 
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -30,7 +33,9 @@ use crate::image::buffer;
 use crate::lazy::LazyWords;
 use crate::spec;
 use crate::types::HostOffset;
+use pages::{Looked, Page, Pages};
 use replace::Recency;
+pub(crate) use runs::Words;
 
 /// Bytes in a slice unless told otherwise: what a device reads at the price of one sector.
 pub(crate) const SLICE_BYTES_DEFAULT: u64 = 4096;
@@ -51,6 +56,8 @@ const LOAD_QUEUES: usize = 64;
 pub(crate) struct SliceCache {
     /// Logarithm of the number of 64-bit words in a slice.
     words_bits: u32,
+    /// How much more each word is than the one before where clusters lie one after another.
+    step: u64,
     directory: LazyWords,
     slots: Box<[Slot]>,
     state: ThreadLock<State>,
@@ -70,6 +77,8 @@ struct Slot {
     words: OnceLock<AtomicWords>,
     /// What a hit leaves behind.
     used: Recency,
+    /// The same for the records of a page.
+    looked: Looked,
 }
 
 #[derive(Default)]
@@ -90,6 +99,21 @@ struct State {
     spare: Vec<AlignedBuf>,
     /// For slots that are used for the first time.
     spare_words: Vec<AtomicWords>,
+    /// Slots that were used and are not now.
+    free: Vec<usize>,
+    pages: Pages,
+}
+
+impl State {
+    /// Ends the use of `slot`, which is in no directory word.
+    fn free_slot(&mut self, slot: usize) {
+        let its = &mut self.slots[slot];
+        its.slice = None;
+        its.loading = false;
+        its.pins = 0;
+        its.free = true;
+        self.free.push(slot);
+    }
 }
 
 /// What a slot is doing. All under the lock of [`SliceCache::state`].
@@ -107,13 +131,18 @@ struct SlotState {
     writing: bool,
     pins: u32,
     generation: u32,
+    /// It stands in [`State::free`].
+    free: bool,
+    /// It holds records of slices, instead of one slice.
+    page: Option<Box<Page>>,
 }
 
 impl SlotState {
     fn evictable(&self) -> bool {
         let dirty = self.dirty && !mutant!("dirty slices are evicted");
         let pinned = self.pins > 0 && !mutant!("pinned slices are evicted");
-        !self.loading && !dirty && !self.writing && !pinned
+        let used_else = self.free || self.page.is_some();
+        !self.loading && !dirty && !self.writing && !pinned && !used_else
     }
 }
 
@@ -129,6 +158,35 @@ pub(crate) enum Reserved<'a> {
     Again,
 }
 
+/// Where a slice is: in a slot of its own, or in a record of one. What a word of the directory says
+/// in its lower half: slot + 1, and from bit 25 on record and a mark, if it is one.
+#[derive(Clone, Copy)]
+struct Place {
+    slot: usize,
+    record: Option<usize>,
+}
+
+/// A word of the directory with this bit names a record.
+const IN_RECORD: u64 = 1 << 31;
+const RECORD_SHIFT: u32 = 25;
+
+impl Place {
+    fn encode(self, generation: u32) -> u64 {
+        let record = self
+            .record
+            .map_or(0, |nth| IN_RECORD | (nth as u64) << RECORD_SHIFT);
+        u64::from(generation) << 32 | record | (self.slot as u64 + 1)
+    }
+
+    #[inline(always)]
+    fn decode(entry: u64) -> Option<Place> {
+        let slot = in_memory(entry & ((1 << RECORD_SHIFT) - 1)).checked_sub(1)?;
+        let nth = in_memory((entry & (IN_RECORD - 1)) >> RECORD_SHIFT);
+        let record = (entry & IN_RECORD != 0).then_some(nth);
+        Some(Place { slot, record })
+    }
+}
+
 /// A dirty slice's content, copied at one instant, to be written at `host`.
 pub(crate) struct Staged {
     pub host: HostOffset,
@@ -137,21 +195,25 @@ pub(crate) struct Staged {
 }
 
 impl SliceCache {
-    /// A cache for slices of `slice_bytes` that never holds more than `limit_bytes` of them.
-    pub fn new(slice_bytes: u64, limit_bytes: u64) -> Self {
+    /// A cache for slices of `slice_bytes` that never takes more than `limit_bytes`. `step`: how much
+    /// more each word is than the one before where clusters lie one after another; zero if they never
+    /// do.
+    pub fn new(slice_bytes: u64, limit_bytes: u64, step: u64) -> Self {
         assert!(
             slice_bytes.is_power_of_two()
                 && (SLICE_BYTES_MIN..=SLICE_BYTES_MAX).contains(&slice_bytes)
         );
-        // A directory entry has 32 bits for the slot.
+        // A directory entry has 25 bits for the slot.
         let slots = in_memory((limit_bytes / slice_bytes).clamp(SLOTS_MIN as u64, 1 << 24));
         SliceCache {
             words_bits: (slice_bytes / 8).ilog2(),
+            step,
             directory: LazyWords::new(),
             slots: (0..slots)
                 .map(|_| Slot {
                     words: OnceLock::new(),
                     used: Recency::new(),
+                    looked: Looked::new(),
                 })
                 .collect(),
             state: ThreadLock::new(State::default()),
@@ -249,31 +311,46 @@ impl SliceCache {
             }
             self.cleaned.fetch_add(1, Relaxed);
         }
+        self.clean_records(&mut state);
     }
 
-    /// Calls `look` with the raw words of `slice` if it is cached, and returns its result if the
-    /// slice was there all the time. `look` may see words of another slice; then its result is
-    /// thrown away.
+    /// Calls `look` with the words of `slice` if it is cached, and returns its result if the slice
+    /// was there all the time. `look` may see words of another slice; then its result is thrown
+    /// away.
     #[inline(always)]
-    pub fn peek<R>(&self, slice: u64, look: impl FnOnce(&[AtomicU64]) -> R) -> Option<R> {
+    pub fn peek<R>(&self, slice: u64, look: impl FnOnce(Words<'_>) -> R) -> Option<R> {
         let entry = self.directory.get(slice)?;
         let before = entry.load(Acquire);
-        let slot = &self.slots[slot_of(before)?];
-        let result = look(slot.words.get()?);
+        let place = Place::decode(before)?;
+        let slot = &self.slots[place.slot];
+        let words = slot.words.get()?;
+        let result = look(match place.record {
+            None => Words::whole(words),
+            Some(nth) => Words::runs(pages::record(words, nth)?, self.step, self.words()),
+        });
         // Orders the loads of `look` before the second look at the directory; pairs with `forget`.
         fence(Acquire);
         if entry.load(Relaxed) != before {
             return None;
         }
-        slot.used.look();
+        match place.record {
+            None => slot.used.look(),
+            Some(nth) => slot.looked.look(nth),
+        }
         Some(result)
+    }
+
+    /// Whether `slice` is cached.
+    pub fn holds(&self, slice: u64) -> bool {
+        self.find(slice).is_some()
     }
 
     /// Finds or makes room for `slice`, which lies at `host`. Suspends only to wait, and then says
     /// [`Reserved::Again`]: what the caller knew before is out of date.
     pub fn reserve(&self, co: &Co, slice: u64, host: HostOffset) -> Reserved<'_> {
         let mut state = self.state.lock();
-        if let Some(slot) = self.find(slice) {
+        let found = self.find(slice);
+        if let Some(Place { slot, record: None }) = found {
             let its = &mut state.slots[slot];
             assert_eq!(its.slice, Some(slice), "directory against state");
             its.pins += 1;
@@ -287,6 +364,11 @@ impl SliceCache {
             return Reserved::Again;
         }
         if let Some(slot) = self.victim(&mut state) {
+            if let Some(place) = found {
+                self.unfold(&mut state, place, slot);
+                state.slots[slot].pins = 1;
+                return Reserved::Ready(Pin { cache: self, slot });
+            }
             state.loading.push(slot);
             let its = &mut state.slots[slot];
             its.slice = Some(slice);
@@ -314,10 +396,9 @@ impl SliceCache {
         &self.loaded[slot % LOAD_QUEUES]
     }
 
-    /// The slot that holds `slice`; call it under the lock.
-    fn find(&self, slice: u64) -> Option<usize> {
-        let entry = self.directory.get(slice)?.load(Relaxed);
-        slot_of(entry)
+    /// Where `slice` is; it stays so under the lock.
+    fn find(&self, slice: u64) -> Option<Place> {
+        Place::decode(self.directory.get(slice)?.load(Relaxed))
     }
 
     /// Takes `slice` out of the directory. Words may be overwritten afterwards: whoever still reads
@@ -376,14 +457,17 @@ impl SliceCache {
     /// publishes the move and runs under the lock.
     pub fn rehome(&self, first_slice: u64, slices: u64, host: HostOffset, switch: impl FnOnce()) {
         let mut state = self.state.lock();
+        let moved = |slice: u64| {
+            let nth = slice.checked_sub(first_slice)?;
+            let moves = nth < slices && !mutant!("slices of a table that moved keep their place");
+            moves.then(|| host.0 + nth * self.slice_bytes())
+        };
         for its in &mut state.slots {
-            let Some(slice) = its.slice else { continue };
-            if let Some(nth) = slice.checked_sub(first_slice).filter(|&nth| nth < slices)
-                && !mutant!("slices of a table that moved keep their place")
-            {
-                its.host = host.0 + nth * self.slice_bytes();
+            if let Some(host) = its.slice.and_then(moved) {
+                its.host = host;
             }
         }
+        self.move_records(&mut state, moved);
         switch();
     }
 
@@ -406,12 +490,21 @@ impl SliceCache {
             self.forget(slice);
             state.unsaved -= usize::from(was_dirty);
         }
+        self.drop_records_in(&mut state, &(start.0..start.0 + len));
     }
 
     /// Copies the cached words of `slice` over `bytes` if it is cached, newer or not.
     pub fn overlay(&self, slice: u64, bytes: &mut [u8]) {
         let state = self.state.lock();
-        let Some(slot) = self.find(slice) else { return };
+        let Some(place) = self.find(slice) else {
+            return;
+        };
+        let Place { slot, record: None } = place else {
+            for (word, raw) in self.words_of_record(place).zip(bytes.chunks_exact_mut(8)) {
+                raw.copy_from_slice(&word.to_be_bytes());
+            }
+            return;
+        };
         assert_eq!(state.slots[slot].slice, Some(slice));
         let words = self.slots[slot]
             .words
@@ -437,12 +530,6 @@ impl SliceCache {
             self.room.wake_all();
         }
     }
-}
-
-/// The slot that a directory entry names.
-#[inline]
-fn slot_of(entry: u64) -> Option<usize> {
-    in_memory(entry & 0xffff_ffff).checked_sub(1)
 }
 
 /// A raw word as it stands in the file. Words are kept as they were read, so this is no conversion
@@ -491,7 +578,11 @@ impl<'a> Load<'a> {
         }
         its.loading = false;
         let slice = its.slice.expect("a loading slot has a slice");
-        let entry = u64::from(its.generation) << 32 | (self.slot as u64 + 1);
+        let place = Place {
+            slot: self.slot,
+            record: None,
+        };
+        let entry = place.encode(its.generation);
         state.loading.retain(|&slot| slot != self.slot);
         cache.slots[self.slot].used.begin();
         cache.directory.ensure(slice).store(entry, Release);
@@ -504,6 +595,44 @@ impl<'a> Load<'a> {
             cache,
             slot: self.slot,
         })
+    }
+}
+
+impl Load<'_> {
+    /// As [`Load::publish`], for somebody who only looks at the slice: as runs if it is a few.
+    pub fn publish_to_look(self, bytes: &[u8], in_place: impl Fn() -> bool) {
+        let cache = self.cache;
+        let words = bytes.chunks_exact(8).map(|raw| u64::from_be(raw_word(raw)));
+        let left = match runs::encode(words, cache.step) {
+            Some(runs) => self.publish_runs(&runs, &in_place),
+            None => Some(self),
+        };
+        if let Some(load) = left {
+            load.publish(bytes, in_place);
+        }
+    }
+
+    /// Gives the load back where no page has room.
+    fn publish_runs(mut self, runs: &runs::Record, in_place: impl Fn() -> bool) -> Option<Self> {
+        let cache = self.cache;
+        let mut state = cache.state.lock();
+        let its = &state.slots[self.slot];
+        assert!(its.loading && its.pins == 1, "published once");
+        if !in_place() {
+            // Looked up again by who asked; the slot goes when we do.
+            drop(state);
+            return None;
+        }
+        if !cache.keep_runs(&mut state, self.slot, runs) {
+            drop(state);
+            return Some(self);
+        }
+        state.loading.retain(|&slot| slot != self.slot);
+        self.done = true;
+        drop(state);
+        cache.loaded(self.slot).wake_all();
+        cache.room.wake_all();
+        None
     }
 }
 
@@ -582,7 +711,7 @@ mod tests {
             ..ContextOptions::default()
         };
         let home = Home::new(options).unwrap();
-        let cache = Rc::new(SliceCache::new(512, 8 * 512));
+        let cache = Rc::new(SliceCache::new(512, 8 * 512, 0));
         let gates: [Rc<CoQueue>; 2] = Default::default();
         for (slice, gate) in (0..).zip(gates.clone()) {
             let cache = cache.clone();

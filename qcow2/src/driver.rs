@@ -78,13 +78,6 @@ impl Qcow2 {
         }
     }
 
-    /// Brings the L2 entry of `at` into the cache, if there is one. Call it with nothing in flight:
-    /// it suspends, and another look-up must follow.
-    #[cold]
-    pub(crate) fn load_l2(&self, co: &Co, graph: &GraphRead<'_>, at: GuestOffset) -> Result<()> {
-        self.pin_l2(co, graph, at).map(drop)
-    }
-
     /// The usual read: of one cluster that is there, whose entry is cached. `None`: it is not, and
     /// nothing was done.
     ///

@@ -188,9 +188,13 @@ impl Qcow2 {
             )?;
             file.flush(co, graph)?;
         }
-        let l2 = Arc::new(SliceCache::new(tuning.caches.l2_entry, tuning.caches.l2));
+        let l2 = Arc::new(SliceCache::new(
+            tuning.caches.l2_entry,
+            tuning.caches.l2,
+            geometry.cluster_size(),
+        ));
         let slice = slice_bytes(geometry);
-        let refcounts = Arc::new(SliceCache::new(slice, tuning.caches.refcounts));
+        let refcounts = Arc::new(SliceCache::new(slice, tuning.caches.refcounts, 0));
         let caches = [l2.clone(), refcounts.clone()];
         let cleaner = Cleaner::start(context, caches, tuning.clean_interval);
         let from_header = header.compatible.contains(Compatible::LAZY_REFCOUNTS);

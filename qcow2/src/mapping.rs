@@ -8,15 +8,12 @@
 //! suspend: between the lookup and the I/O that uses it nothing suspends, and the request stands in
 //! the table of requests in flight all the time (rule 9.2).
 
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Acquire;
-
 use coblock_aio::{IoVec, IoVecMut};
 use coblock_block::types::in_memory;
 use coblock_block::{GraphRead, RequestFlags, Result};
 use coblock_coroutine::{Co, mutant};
 
-use crate::cache::{Pin, Reserved, SliceCache};
+use crate::cache::{Pin, Reserved, SliceCache, Words};
 use crate::entry::{L1Entry, L2Entry};
 use crate::image::{Meta, Qcow2, buffer};
 use crate::types::{GuestOffset, HostOffset};
@@ -44,6 +41,13 @@ pub(crate) enum Mapped {
     Compressed { host: HostOffset, len: u64 },
 }
 
+/// What a slice is brought into the cache for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Look,
+    Change,
+}
+
 impl Qcow2 {
     /// The slice of an L2 table that maps `at`, and the index of its entry there.
     #[inline(always)]
@@ -65,8 +69,8 @@ impl Qcow2 {
             return None;
         }
         let (slice, index) = self.l2_place(at);
-        let entry = self.l2.peek(slice, |words| words[index].load(Acquire))?;
-        match L2Entry::decode(u64::from_be(entry), at, self.geometry) {
+        let entry = self.l2.peek(slice, |words| words.get(index))?;
+        match L2Entry::decode(entry, at, self.geometry) {
             Ok(L2Entry::Data { host, copied }) => Some((HostOffset(host.0 + in_cluster), copied)),
             _ => None,
         }
@@ -102,14 +106,8 @@ impl Qcow2 {
 
     /// The extent from `at` on, as far as these entries tell.
     #[inline]
-    fn extent(
-        &self,
-        words: &[AtomicU64],
-        index: usize,
-        at: GuestOffset,
-        len: u64,
-    ) -> Result<Extent> {
-        let entry = |nth: usize| u64::from_be(words[index + nth].load(Acquire));
+    fn extent(&self, words: Words<'_>, index: usize, at: GuestOffset, len: u64) -> Result<Extent> {
+        let entry = |nth: usize| words.get(index + nth);
         let size = self.geometry.cluster_size();
         let in_cluster = self.geometry.offset_in_cluster(at);
         let first = self.mapped(entry(0), at)?;
@@ -185,6 +183,19 @@ impl Qcow2 {
         self.pin_slice(co, graph, &self.l2, slice, || self.l2_slice_host(slice))
     }
 
+    /// Brings the L2 entry of `at` into the cache, if there is one, to be looked at. Call it with
+    /// nothing in flight: it suspends, and another look-up must follow.
+    ///
+    /// # Errors
+    /// As [`Qcow2::pin_l2`].
+    #[cold]
+    pub(crate) fn load_l2(&self, co: &Co, graph: &GraphRead<'_>, at: GuestOffset) -> Result<()> {
+        let (slice, _) = self.l2_place(at);
+        let place = || self.l2_slice_host(slice);
+        self.bring_slice(co, graph, &self.l2, slice, Use::Look, place)
+            .map(drop)
+    }
+
     /// Brings `slice` into `cache`; `place` tells where it is, and is asked anew after every wait.
     pub(crate) fn pin_slice<'c>(
         &'c self,
@@ -194,7 +205,23 @@ impl Qcow2 {
         slice: u64,
         place: impl Fn() -> Result<Option<HostOffset>>,
     ) -> Result<Option<Pin<'c>>> {
+        self.bring_slice(co, graph, cache, slice, Use::Change, place)
+    }
+
+    /// The same; who only looks gets no pin.
+    fn bring_slice<'c>(
+        &'c self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        cache: &'c SliceCache,
+        slice: u64,
+        what_for: Use,
+        place: impl Fn() -> Result<Option<HostOffset>>,
+    ) -> Result<Option<Pin<'c>>> {
         loop {
+            if what_for == Use::Look && cache.holds(slice) {
+                return Ok(None);
+            }
             let Some(host) = place()? else {
                 return Ok(None);
             };
@@ -221,7 +248,13 @@ impl Qcow2 {
                     self.file
                         .pread(co, graph, host.0, into, RequestFlags::empty())?;
                     let in_place = || place().is_ok_and(|now| now == Some(host));
-                    let published = load.publish(&words, in_place);
+                    let published = match what_for {
+                        Use::Change => load.publish(&words, in_place),
+                        Use::Look => {
+                            load.publish_to_look(&words, in_place);
+                            None
+                        }
+                    };
                     cache.give_buffer(words);
                     if let Some(pin) = published {
                         return Ok(Some(pin));

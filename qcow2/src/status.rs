@@ -11,13 +11,11 @@
 //! tables as long as these are in the cache, and no more than [`SLICES_MAX`] of them. It is put
 //! together without a suspend, so it was true at one time.
 
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Acquire;
-
 use coblock_block::types::in_memory;
 use coblock_block::{Child, DriverStatus, GraphRead, Place, Precision, RequestKind, Result};
 use coblock_coroutine::Co;
 
+use crate::cache::Words;
 use crate::entry::{L1Entry, L2Entry};
 use crate::image::Qcow2;
 use crate::image_file::{Hole, ImageFile};
@@ -93,7 +91,7 @@ impl Qcow2 {
                 .begin_unknown(graph.slot(), RequestKind::Other);
             let Some(Run { kind, len }) = self.run(at, len)? else {
                 drop(in_flight);
-                self.pin_l2(co, graph, at)?;
+                self.load_l2(co, graph, at)?;
                 continue;
             };
             let in_file = |offset: HostOffset| Place::In {
@@ -155,7 +153,7 @@ impl Qcow2 {
     /// The same of what one slice, or one L1 entry, tells.
     fn run_in_slice(&self, at: GuestOffset, len: u64) -> Result<Option<Run>> {
         let (slice, index) = self.l2_place(at);
-        let look = |words: &[AtomicU64]| self.run_in_words(words, index, at, len);
+        let look = |words: Words<'_>| self.run_in_words(words, index, at, len);
         if let Some(run) = self.l2.peek(slice, look) {
             return run.map(Some);
         }
@@ -173,13 +171,13 @@ impl Qcow2 {
 
     fn run_in_words(
         &self,
-        words: &[AtomicU64],
+        words: Words<'_>,
         index: usize,
         at: GuestOffset,
         len: u64,
     ) -> Result<Run> {
         let kind_at = |nth: usize, at: GuestOffset| {
-            let entry = u64::from_be(words[index + nth].load(Acquire));
+            let entry = words.get(index + nth);
             let in_cluster = self.geometry.offset_in_cluster(at);
             L2Entry::decode(entry, at, self.geometry).map(|entry| Kind::of(entry, in_cluster))
         };
