@@ -131,7 +131,7 @@ fn fails(world: &World, gate: &dyn OpenGate, options: Options, kind: ErrorKind, 
 }
 
 /// Bad input: an unknown, missing or wrong option is an error that names it, and nothing stays
-/// open.
+/// open. Rule 2.7: a node that would be its own child is not there yet.
 #[test]
 fn wrong_options_are_named() {
     let world = world();
@@ -203,6 +203,14 @@ fn wrong_options_are_named() {
             Options::new().with("driver", "raw").with("file", "nobody"),
             NotFound,
             "node-name='nobody'",
+        ),
+        (
+            Options::new()
+                .with("driver", "raw")
+                .with("node-name", "itself")
+                .with("file", "itself"),
+            NotFound,
+            "node-name='itself'",
         ),
         (
             Options::new().with("driver", "sim"),

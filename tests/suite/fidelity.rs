@@ -1,4 +1,5 @@
-//! Promise: every rule that we follow has a row in `docs/fidelity/`, and every row's test exists.
+//! Promise: every rule that we follow has a row in `docs/fidelity/` and a test that cites it, and every
+//! row's test exists.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,7 +14,7 @@ const RULES: &[&str] = &[
     "5.1", "5.2", "5.3", "5.4", "5.5", "5.6", "5.7", "5.9", "5.10", "5.11", //
     "6.1", "6.2", "6.3", "6.4", //
     "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "7.7", "7.8", "7.9", //
-    "8.1", "8.2", //
+    "8.1", "8.2", "8.3", //
     "9.1", "9.2", "9.3", "9.4",
 ];
 
@@ -37,10 +38,11 @@ fn every_rule_has_a_test_that_exists() {
         tests,
         helpers,
         refusals,
+        cited,
     } = named(root);
     let mut rows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut wrong = Vec::new();
-    for crate_name in ["coroutine", "aio", "block", "qcow2"] {
+    for crate_name in ["coroutine", "aio", "block", "qcow2", "unit-behaviours"] {
         let path = root
             .join("docs/fidelity")
             .join(crate_name)
@@ -72,6 +74,12 @@ fn every_rule_has_a_test_that_exists() {
                 continue;
             };
             let named = names(cells.get(column).unwrap_or(&""));
+            // What the reference tests and we do not: it waits for something, or there is nothing.
+            let why = cells.get(column + 1).copied().unwrap_or_default();
+            let is_case = crate_name == "unit-behaviours" && !rule.starts_with("--");
+            if is_case && named.is_empty() && why.len() < 10 {
+                wrong.push(format!("{crate_name}.md: {rule}: neither a test nor why"));
+            }
             // A rule that comes later may have its row already, without a test.
             if is_rule && named.is_empty() && rule.split(',').any(|r| RULES.contains(&r.trim())) {
                 wrong.push(format!("{crate_name}.md: rule {rule} names no test"));
@@ -104,6 +112,8 @@ fn every_rule_has_a_test_that_exists() {
             .filter(|r| !rows.contains_key(**r))
             .map(|r| format!("rule {r}: no row")),
     );
+    let uncited = RULES.iter().filter(|r| !cited.contains(**r));
+    wrong.extend(uncited.map(|r| format!("rule {r}: no test cites it")));
     assert!(wrong.is_empty(), "docs/fidelity:\n{}", wrong.join("\n"));
 }
 
@@ -127,6 +137,9 @@ struct Named {
     helpers: BTreeSet<String>,
     /// Types whose documentation shows what does not compile: "the doc test of `Node`".
     refusals: BTreeSet<String>,
+    /// Rules that a test cites: in its documentation, "Rules 3.1, 4.4", or in its name,
+    /// `rule_3_1_`.
+    cited: BTreeSet<String>,
 }
 
 fn named(root: &Path) -> Named {
@@ -159,20 +172,28 @@ impl Named {
                 .collect()
         };
         let (mut attribute, mut refused) = (false, false);
+        let mut said = String::new();
         for line in source.lines().map(str::trim) {
             // `proptest!` and loom's models carry the same attribute.
             attribute |= line.starts_with("#[test]");
+            if let Some(words) = line.strip_prefix("///") {
+                said += words;
+            }
             // The documentation of a type, up to its own line.
             refused |= line.starts_with("/// ```compile_fail");
             let line = line.strip_prefix("pub ").unwrap_or(line);
             if let Some(rest) = line.strip_prefix("fn ") {
                 let functions = if attribute {
+                    self.cited.extend(rules_in(&said, rest));
                     &mut self.tests
                 } else {
                     &mut self.helpers
                 };
                 functions.insert(name(rest));
                 attribute = false;
+            }
+            if !line.starts_with("///") && !line.starts_with("#[") {
+                said.clear();
             }
             if let Some(rest) = line.strip_prefix("struct ") {
                 if refused {
@@ -182,6 +203,20 @@ impl Named {
             }
         }
     }
+}
+
+/// The rules that a test with this documentation and this name cites.
+fn rules_in(said: &str, name: &str) -> Vec<String> {
+    let mut rules = Vec::new();
+    let mut parts = name.split('_').skip_while(|part| *part != "rule").skip(1);
+    if let (Some(section), Some(number)) = (parts.next(), parts.next()) {
+        rules.push(format!("{section}.{number}"));
+    }
+    if said.contains("Rule") || said.contains("rule") {
+        let words = said.split(|c: char| !c.is_ascii_digit() && c != '.');
+        rules.extend(words.map(|word| word.trim_matches('.').to_string()));
+    }
+    rules
 }
 
 /// The reader of tables sees what it should: paths are cut, files are no tests, and only tests
@@ -195,9 +230,11 @@ fn rows_and_tests_are_read_rightly() {
     let mut found = Named::default();
     let source = [
         "fn helper() {}",
+        "/// Rules 3.1, 4.4: as it says.",
         "#[test]",
         "#[should_panic]",
         "fn real() {}",
+        "/// Rule 9.9, of no test.",
         "fn other() {}",
         "pub struct Plain;",
         "/// ```compile_fail",
@@ -209,4 +246,11 @@ fn rows_and_tests_are_read_rightly() {
     assert_eq!(list(found.tests), ["real"]);
     assert_eq!(list(found.helpers), ["helper", "other"]);
     assert_eq!(list(found.refusals), ["Refused"]);
+    assert!(
+        ["3.1", "4.4"]
+            .iter()
+            .all(|rule| found.cited.contains(*rule))
+    );
+    assert!(!found.cited.contains("9.9"));
+    assert_eq!(rules_in("", "rule_5_10_what() {"), ["5.10"]);
 }

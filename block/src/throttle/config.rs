@@ -190,4 +190,40 @@ mod tests {
         }
         assert!(!none().is_enabled() && mixed.is_enabled());
     }
+
+    /// Rule 8.1: each of the six alone is a limit; a total does not go with a part of its kind, by
+    /// average or by maximum; two parts go together. (/throttle/config/enabled, conflicting)
+    #[test]
+    fn rule_8_1_every_limit_by_itself_and_beside_another() {
+        let set = |which: usize, limit: Limit, to: &mut ThrottleConfig| {
+            let all = [
+                &mut to.bps_total,
+                &mut to.bps_read,
+                &mut to.bps_write,
+                &mut to.iops_total,
+                &mut to.iops_read,
+                &mut to.iops_write,
+            ];
+            *all.into_iter().nth(which).expect("one of six") = limit;
+        };
+        let burst = Limit {
+            max: 2,
+            ..Limit::average(1)
+        };
+        for limit in [Limit::average(1), burst] {
+            for first in 0..6 {
+                let mut config = ThrottleConfig::default();
+                set(first, limit, &mut config);
+                assert!(config.is_enabled() && config.check().is_ok(), "{first}");
+                for second in (0..6).filter(|second| *second != first) {
+                    let mut both = config;
+                    set(second, limit, &mut both);
+                    let one_kind = first / 3 == second / 3;
+                    let a_total = first % 3 == 0 || second % 3 == 0;
+                    let valid = !(one_kind && a_total);
+                    assert_eq!(both.check().is_ok(), valid, "{first} with {second}");
+                }
+            }
+        }
+    }
 }

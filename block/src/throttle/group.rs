@@ -427,3 +427,74 @@ impl Drop for Place<'_> {
         self.member.group.go_on(self.direction, None);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use coblock_aio::VirtualClock;
+
+    /// Rule 8.1: a read and a write of n bytes are n in the bucket of each and 2n in that of both;
+    /// each is one operation, or as many of the size of operations as it is long, in fractions.
+    /// (/throttle/accounting)
+    #[test]
+    fn rule_8_1_what_a_request_counts() {
+        let limit = Limit::average(1);
+        let parts = ThrottleConfig {
+            bps_read: limit,
+            bps_write: limit,
+            iops_read: limit,
+            iops_write: limit,
+            iops_size: 1000,
+            ..ThrottleConfig::default()
+        };
+        let totals = ThrottleConfig {
+            bps_total: limit,
+            iops_total: limit,
+            iops_size: 1000,
+            ..ThrottleConfig::default()
+        };
+        let levels = |config, len| {
+            let clock = Clock::Virtual(VirtualClock::new());
+            let group = ThrottleGroup::new("group", &clock, config).expect("valid limits");
+            let mut state = group.state.lock();
+            state.account(Direction::Read, len);
+            state.account(Direction::Write, len);
+            state.buckets.map(|bucket| bucket.level)
+        };
+        let one = whole(1);
+        for (len, operations) in [(512, one), (1000, one), (2500, whole(5) / 2)] {
+            let bytes = whole(len);
+            let want = [0, bytes, bytes, 0, operations, operations];
+            assert_eq!(levels(parts, len), want, "parts, {len} bytes");
+            let want = [2 * bytes, 0, 0, 2 * operations, 0, 0];
+            assert_eq!(levels(totals, len), want, "totals, {len} bytes");
+        }
+    }
+
+    /// Rule 8.1: limits are read as they were set; setting empties the buckets and begins their time
+    /// anew. (/throttle/config_functions)
+    #[test]
+    fn rule_8_1_limits_are_read_as_they_were_set() {
+        let virtual_clock = VirtualClock::new();
+        let clock = Clock::Virtual(virtual_clock.clone());
+        let config = |average| ThrottleConfig {
+            bps_read: Limit {
+                average,
+                max: 2 * average,
+                burst_seconds: 3,
+            },
+            iops_write: Limit::average(average),
+            iops_size: 512,
+            ..ThrottleConfig::default()
+        };
+        let group = ThrottleGroup::new("group", &clock, config(10)).expect("valid limits");
+        assert_eq!(group.config(), config(10));
+        group.state.lock().account(Direction::Read, 4096);
+        virtual_clock.advance_to(5_000_000_000);
+        group.set_config(config(20)).expect("valid limits");
+        assert_eq!(group.config(), config(20));
+        let state = group.state.lock();
+        assert_eq!(state.leaked_ns, 5_000_000_000);
+        assert_eq!(state.buckets, [Bucket::default(); 6]);
+    }
+}
