@@ -243,6 +243,13 @@ impl Quiesced {
         Quiesced::begin(Scope::All(graph.clone()))
     }
 
+    /// Each of `nodes`.
+    #[track_caller]
+    pub(crate) fn each(graph: &Arc<Graph>, nodes: &[Arc<Node>]) -> Vec<Quiesced> {
+        let begin = |node: &Arc<Node>| Quiesced::begin(Scope::Node(node.clone(), graph.clone()));
+        nodes.iter().map(begin).collect()
+    }
+
     #[track_caller]
     fn begin(scope: Scope) -> Quiesced {
         let devices = scope.graph().section(|section| match &scope {

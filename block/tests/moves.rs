@@ -110,6 +110,31 @@ fn rule_8_3_a_whole_component_moves() {
     contexts.end(vec![a, b, beside]);
 }
 
+/// Rule 8.3: where two ways lead to one node, each node moves once. (The filter asserts that it is not
+/// attached twice.)
+#[test]
+fn rule_8_3_a_diamond_moves_once() {
+    let contexts = Contexts::new(6, &["main", "io"]);
+    let calls: [Arc<Calls>; 3] = Default::default();
+    let reads = |options: Options| contexts.open_node(options.with("read-only", "on")).unwrap();
+    let base = reads(named("base"));
+    let left = reads(filter("left", "base", &calls[0]));
+    let right = reads(filter("right", "base", &calls[1]));
+    let top = reads(filter("top", "left", &calls[2]).with("beside", "right"));
+    let backend = Arc::new(BlockBackend::new(&contexts.graph, top));
+    drop((base, left, right));
+    for (home, name) in [(1, "io"), (0, "main")] {
+        let to = contexts.context(home).clone();
+        contexts.run(0, |co| backend.move_to(co, &to)).unwrap();
+        let moved = contexts.homes_of_nodes();
+        assert!(moved.iter().all(|(_, home)| home == name), "{moved:?}");
+        for calls in &calls {
+            assert_eq!(calls.notes().matches("attach").count(), 1);
+        }
+    }
+    contexts.end(vec![backend]);
+}
+
 /// Rule 8.3: sections begin in the old home and end in the new one; handlers leave the one and come to
 /// the other, each in its own home. Also from the new home, and inside of sections of others.
 #[test]

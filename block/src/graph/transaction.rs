@@ -408,11 +408,20 @@ impl Transaction {
         }
         let mut seen = BTreeSet::new();
         touched.retain(|node| seen.insert(Arc::as_ptr(node).addr()));
+        if let Some(closed) = touched.iter().find(|node| node.requests().is_closed()) {
+            return Err(closed.closed());
+        }
+        // All are told before one is waited for: what is in flight on one may wait for what another
+        // one of them does by itself, a connection, and that ends when it is told.
+        let all = touched.clone();
+        let _told = (all.len() > 1).then(|| {
+            let graph = self.graph.clone();
+            in_home(co, self.graph.main_context(), move || {
+                Quiesced::each(&graph, &all)
+            })
+        });
         let mut sections = Vec::new();
         for node in &touched {
-            if node.requests().is_closed() {
-                return Err(node.closed());
-            }
             sections.push(match self.limit {
                 None => node.drain(co),
                 Some(limit) => node.drain_within(co, limit).map_err(|busy| {

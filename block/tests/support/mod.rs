@@ -5,6 +5,7 @@
 pub mod change;
 pub mod contexts;
 pub mod counted;
+pub mod net;
 
 use coblock_aio::{AioContext, Clock, ContextOptions, EngineKind, Home, Park, VirtualClock};
 use coblock_block::drivers::sim::SimDisk;
