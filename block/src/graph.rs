@@ -55,7 +55,7 @@ pub struct Graph {
     /// Transactions, and changes of length, happen one after the other.
     pub(crate) changing: CoMutex<()>,
     /// Coroutines that want to write and wait for readers to leave.
-    writers: Arc<ThreadLock<Vec<WakeHandle>>>,
+    writers: Arc<ThreadLock<Waiting>>,
     nodes: ThreadLock<Nodes>,
     /// Backends that gave up their node: requests that they refuse are in flight, too.
     without_node: ThreadLock<Vec<Weak<Root>>>,
@@ -63,18 +63,31 @@ pub struct Graph {
     live: AtomicUsize,
 }
 
+/// Coroutines that wait for readers to leave.
+#[derive(Default)]
+struct Waiting {
+    /// How often one left. A wake may come while its coroutine waits for something else; this says
+    /// that it came.
+    left: u64,
+    handles: Vec<WakeHandle>,
+}
+
 impl Graph {
     /// An empty graph. The "main thread" of the rules is the one that drives `main`.
     pub fn new(main: &Arc<AioContext>) -> Arc<Graph> {
         let kicked = Arc::downgrade(main);
-        let writers: Arc<ThreadLock<Vec<WakeHandle>>> = Arc::default();
+        let writers: Arc<ThreadLock<Waiting>> = Arc::default();
         let kick = {
             let writers = writers.clone();
             move || {
                 if let Some(main) = kicked.upgrade() {
                     main.notify();
                 }
-                let waiting = std::mem::take(&mut *writers.lock());
+                let waiting = {
+                    let mut waiting = writers.lock();
+                    waiting.left = waiting.left.wrapping_add(1);
+                    std::mem::take(&mut waiting.handles)
+                };
                 for writer in waiting {
                     writer.wake();
                 }

@@ -678,3 +678,83 @@ fn rule_8_2_steps_build_on_each_other() {
     drop((gone, other, transaction));
     end(world, backend);
 }
+
+/// Rule 8.2: a filter that was opened before its child got another length, by another user, is as long as
+/// the child: when it comes above it, and when it stands there already.
+#[test]
+fn rule_8_2_filters_are_as_long_as_their_child() {
+    let world = world();
+    let (_, backend) = disk(&world, "disk");
+    let filter = || {
+        let options = Options::new().with("driver", "copy-on-read");
+        open_node(&world, options.with("file", "disk")).unwrap()
+    };
+    let (top, beside) = (filter(), filter());
+    let other = BlockBackend::new(&world.graph, beside);
+    for (len, inserted) in [(32 << 10, false), (128 << 10, false), (96 << 10, true)] {
+        if inserted {
+            run(&world, |t| t.insert(&top)).unwrap();
+        }
+        world.run(|co| backend.truncate(co, len, true)).unwrap();
+        assert_eq!((backend.len(), top.len(), other.len()), (len, len, len));
+        let last = world.run(|co| other.pread(co, len - 512, &mut [0; 512][..]));
+        last.unwrap();
+    }
+    world.run(|co| other.close(co)).unwrap();
+    drop((top, other));
+    end(world, backend);
+}
+
+/// Rule 7.5: two readers leave, one before a transaction tries to lock the graph and one after it: the
+/// second one wakes it, though the first one did so already.
+#[test]
+fn rule_7_5_the_last_reader_wakes_a_transaction() {
+    let world = world();
+    let (_, backend) = disk(&world, "disk");
+    let (top, _) = filter(&world, "filter", "disk");
+    let (sim_disk, reader) = disk(&world, "unrelated");
+    let queue = Home::new(ContextOptions {
+        engine: EngineKind::None,
+        clock: coblock_aio::Clock::Virtual(world.clock.clone().unwrap()),
+        ..ContextOptions::named("queue")
+    })
+    .unwrap();
+    let settle_queue = || while queue.poll(false) {};
+    let [first, second] = [0, 512].map(|offset| {
+        let hold = sim_disk.hold(Match::reads().touching(offset..offset + 512));
+        let reader = reader.clone();
+        queue.spawn("reader", move |co| {
+            reader.pread(co, offset, &mut [0; 512][..]).unwrap();
+        });
+        hold
+    });
+    settle_queue();
+    let done = Arc::new(AtomicBool::new(false));
+    queue.spawn("changer", {
+        let (graph, top, done) = (world.graph.clone(), top.clone(), done.clone());
+        move |co| {
+            Transaction::new(&graph).insert(&top).run(co).unwrap();
+            done.store(true, Ordering::Relaxed);
+        }
+    });
+    settle_queue();
+    // All nodes are quiesced; then it asks for the lock.
+    settle(&world);
+    settle_queue();
+    drop(first);
+    settle_queue();
+    settle(&world);
+    settle_queue();
+    assert!(!done.load(Ordering::Relaxed), "a reader holds the edges");
+    drop(second);
+    for _ in 0..8 {
+        settle_queue();
+        settle(&world);
+    }
+    assert!(done.load(Ordering::Relaxed), "nobody woke it");
+    drop(top);
+    queue.close();
+    world.run(|co| reader.close(co)).unwrap();
+    drop(reader);
+    end(world, backend);
+}

@@ -97,8 +97,15 @@ impl Filtered {
             ));
         };
         let result = change(&self.file, below);
-        let now = self.file.len(graph).saturating_sub(self.offset);
-        self.len.store(now, Ordering::Release);
+        self.follow(self.file.len(graph));
         result
+    }
+
+    /// The child is `len` bytes long now.
+    pub(crate) fn follow(&self, len: u64) {
+        if !self.fixed {
+            let rest = len.saturating_sub(self.offset);
+            self.len.store(rest, Ordering::Release);
+        }
     }
 }

@@ -447,8 +447,13 @@ impl Transaction {
         let parts = Arc::new(ThreadLock::new(std::mem::take(&mut self.parts)));
         let _waits = self.graph.lock.announce();
         let result = loop {
-            // Listed before the attempt: who leaves after it wakes.
-            self.graph.writers.lock().push(co.wake_handle());
+            // Listed before the attempt, with how many had left: who leaves after that is noticed,
+            // also if it wakes while the attempt is still under way.
+            let seen = {
+                let mut waiting = self.graph.writers.lock();
+                waiting.handles.push(co.wake_handle());
+                waiting.left
+            };
             let attempt = in_home(co, &main, {
                 let (graph, parts) = (self.graph.clone(), parts.clone());
                 move || {
@@ -458,10 +463,14 @@ impl Transaction {
             });
             match attempt {
                 Some(result) => break result,
-                None => co.suspend(),
+                None => {
+                    while self.graph.writers.lock().left == seen {
+                        co.suspend();
+                    }
+                }
             }
         };
-        self.graph.writers.lock().clear();
+        self.graph.writers.lock().handles.clear();
         self.parts = std::mem::take(&mut *parts.lock());
         result
     }

@@ -83,6 +83,31 @@ impl Node {
         // After a failure as well: it may have happened in part.
         self.mark_unflushed();
         self.len.store(self.driver.len(), Ordering::Release);
+        self.tell_filters();
         result.map_err(|error| self.locate(error))
+    }
+
+    /// Filters above are as long as their child, also those that the change did not come through.
+    fn tell_filters(&self) {
+        self.owner().section(|section| {
+            let mut users = self.parents(section);
+            while let Some(user) = users.pop() {
+                let Some(filter) = user.owner() else { continue };
+                if filter.follow_child() {
+                    users.extend(filter.parents(section));
+                }
+                section.nodes.push(filter);
+            }
+        });
+    }
+
+    /// A filter takes the length of its child; true if that was another one. Other nodes keep theirs.
+    pub(crate) fn follow_child(&self) -> bool {
+        let Some(filtered) = self.driver.filtered() else {
+            return false;
+        };
+        filtered.follow(filtered.file().below().len());
+        let now = self.driver.len();
+        self.len.swap(now, Ordering::AcqRel) != now
     }
 }

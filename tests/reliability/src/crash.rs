@@ -19,6 +19,7 @@ use std::rc::Rc;
 use coblock::block::drivers::sim::{Keep, LogEntry, PowerCuts};
 
 use super::judge::{Judge, Verdict};
+use super::layers::Cuts;
 use super::model::Content;
 use super::peer;
 use super::play::Played;
@@ -126,7 +127,7 @@ pub fn cut_at(
     places: impl IntoIterator<Item = usize>,
     sample: Sample,
 ) -> Verdict<Counted> {
-    let mut cuts = played.stage.disk.power_cuts();
+    let mut cuts = Cuts::new(&played.stage);
     let mut rng = Rng::new(!played.stage.setting.seed);
     let mut counted = Counted {
         inflated: played.stats.clusters_inflated,
@@ -137,7 +138,7 @@ pub fn cut_at(
     for at in places {
         cuts.go_to(at);
         counted.places += 1;
-        let mut keeps = choices(&cuts, at, &mut rng);
+        let mut keeps = cuts.choices(&mut rng);
         while sample.per_place > 0 && keeps.len() > sample.per_place {
             let left_out = usize::try_from(rng.below(keeps.len() as u64)).expect("an index");
             keeps.swap_remove(left_out);
@@ -148,7 +149,8 @@ pub fn cut_at(
                 format!("power cut after {at} of {len} entries, kept {keep:?}: {why}")
             };
             counted.choices += 1;
-            let (left, digest) = cuts.left(&keep);
+            let (stage, digest) = cuts.left(&keep);
+            let left = stage.top();
             if let Some(units) = seen.units.get(&digest) {
                 // The same bytes, but more may have been flushed or begun.
                 let judged = played.history.units_after_power_cut(at, units);
@@ -160,21 +162,21 @@ pub fn cut_at(
             }
             counted.states += 1;
             let units = judge
-                .after_power_cut(&played.stage, &played.history, at, &left)
+                .after_power_cut(&stage, &played.history, at, &left)
                 .map_err(story)?;
             seen.remember(digest, units);
             if digest.is_multiple_of(sample.reference) && peer::present("power cuts") {
                 judge
-                    .reference_agrees(&played.stage, &left, folder.path())
+                    .reference_agrees(&stage, &left, folder.path())
                     .map_err(story)?;
                 counted.reference += 1;
             }
             if digest.is_multiple_of(sample.repaired) {
-                judge.is_repaired(&played.stage, &left).map_err(story)?;
+                judge.is_repaired(&stage, &left).map_err(story)?;
                 counted.repaired += 1;
             }
             if digest.is_multiple_of(sample.goes_on) {
-                judge.goes_on(&played.stage, &left).map_err(story)?;
+                judge.goes_on(&stage, &left).map_err(story)?;
             }
         }
     }

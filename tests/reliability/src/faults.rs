@@ -337,11 +337,12 @@ pub fn judge_failure(judge: &Judge, script: &Script, failure: Failure) -> Verdic
     judge_told(&failure, &watch, &played, told)?;
     let stage = &played.stage;
     stage.disk.clear_faults();
-    judge.sound(&stage.disk).or_else(|why| {
+    let top = stage.top();
+    judge.sound(&top).or_else(|why| {
         // Counts of a lazy image are made by the next open.
         if stage.setting.lazy { Ok(0) } else { Err(why) }
     })?;
-    let left = judge.after_power_cut(stage, &played.history, usize::MAX, &stage.disk);
+    let left = judge.after_power_cut(stage, &played.history, usize::MAX, &top);
     left.map(drop)
 }
 

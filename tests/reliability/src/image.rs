@@ -11,7 +11,8 @@
 
 use super::script::Setting;
 
-/// The bytes of an empty image with the geometry of `setting`; with a name, over a raw backing file.
+/// The bytes of an empty image with the geometry of `setting`; with a name, over a backing file, which
+/// is raw unless its name ends in `.qcow2`.
 pub fn empty(setting: &Setting, backing: Option<&str>) -> Vec<u8> {
     let cluster = 1usize << setting.cluster_bits;
     let bits = 1usize << setting.refcount_order;
@@ -63,8 +64,9 @@ pub fn empty(setting: &Setting, backing: Option<&str>) -> Vec<u8> {
         // Header extension "backing file format name", then the end of the extensions, then the
         // name.
         put32(&mut bytes, end, 0xe279_2aca);
-        put32(&mut bytes, end + 4, 3);
-        bytes[end + 8..end + 11].copy_from_slice(b"raw");
+        let format = if name.ends_with(".qcow2") { "qcow2" } else { "raw" };
+        put32(&mut bytes, end + 4, format.len());
+        bytes[end + 8..end + 8 + format.len()].copy_from_slice(format.as_bytes());
         end += 24;
         put64(&mut bytes, 8, end as u64);
         put32(&mut bytes, 16, name.len());

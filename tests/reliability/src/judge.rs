@@ -8,6 +8,7 @@ use coblock::block::{BlockBackend, Options, RequestFlags};
 use coblock::coroutine::Co;
 use coblock::qcow2::header::Incompatible;
 
+use super::layers;
 use super::model::{Content, History};
 use super::peer;
 use super::play::{BACKING, Played, Stage};
@@ -77,12 +78,15 @@ impl Judge {
 
     /// After a run in which nothing failed: no leak either, and every unit as the history says.
     pub fn after_all(&self, played: &mut Played) -> Verdict {
-        let leaks = self.sound(&played.stage.disk)?;
-        if leaks > 0 {
-            return Err(format!("{leaks} leaks"));
+        for disk in played.stage.layers() {
+            let leaks = self.sound(&disk)?;
+            if leaks > 0 {
+                return Err(format!("{leaks} leaks"));
+            }
         }
-        let bytes = self.contents(&played.stage, &played.stage.disk)?;
-        let len = soundness::disk_len(&played.stage.disk);
+        let top = played.stage.top();
+        let bytes = self.contents(&played.stage, &top)?;
+        let len = soundness::disk_len(&top);
         played.history.len_now(len)?;
         let token = played.history.begin_read();
         let judged = played.history.end_read(&token, 0, &bytes);
@@ -102,6 +106,12 @@ impl Judge {
         let dirty = is_dirty(left);
         if !dirty {
             self.sound(left)?;
+        }
+        let layers = stage.layers();
+        for below in &layers[..layers.len() - 1] {
+            if !is_dirty(below) {
+                self.sound(below).map_err(|why| format!("a lower image: {why}"))?;
+            }
         }
         history.len_after_power_cut(at, soundness::disk_len(left))?;
         let bytes = self.contents(stage, left)?;
@@ -177,6 +187,9 @@ impl Judge {
         };
         write(&path, left)?;
         write(&folder.join(BACKING), &stage.base)?;
+        for (nth, below) in stage.layers().iter().enumerate() {
+            write(&folder.join(layers::file_name(nth)), below)?;
+        }
         let name = path.to_str().expect("text");
         if is_dirty(left) {
             peer::qemu_img(&["check", "-q", "-r", "all", name]);

@@ -25,6 +25,7 @@ use coblock::block::{DenyAll, RequestFlags};
 
 use super::image;
 use super::judge::{Judge, Verdict};
+use super::layers::Overlays;
 use super::model::History;
 use super::parallel::each;
 use super::part::{Figure, Part, Plan, Report};
@@ -161,6 +162,7 @@ fn judge(setting: &Setting, history: History, path: &Path) -> Verdict {
     let stage = Stage {
         setting: setting.clone(),
         disk: left.clone(),
+        overlays: Overlays::default(),
         base: SimDisk::new(0),
         audit: false,
     };

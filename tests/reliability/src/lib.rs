@@ -12,7 +12,7 @@
 //! | [`judge`] | the oracles |
 //! | [`files`] | a script on real files |
 //! | [`load`] | sends a script's requests, many at once, and asks the model about each |
-//! | [`request`] | one of them |
+//! | [`request`], [`changes`] | one of them; transactions of the graph |
 //! | [`script`] | the language: settings and operations, as values and as text |
 //! | [`swarm`], [`scripts`] | scripts that a seed draws; scripts in files |
 //! | [`model`] | what a byte of the disk may read as, now and after a power cut |
@@ -25,6 +25,7 @@
 //! | [`crash`] | the states that a power cut may leave |
 //! | [`sim`], [`session`] | contexts in virtual and in real time |
 //! | [`image`], [`compressed`] | empty images; the compressed clusters that some begin with |
+//! | [`layers`] | the images of a chain that snapshots make |
 //! | [`soundness`], [`peer`] | our check; the reference's tools |
 //! | [`rng`] | numbers that depend on a seed only |
 //!
@@ -36,6 +37,7 @@
     reason = "`next` of a generator of numbers, which has no end"
 )]
 
+pub mod changes;
 pub mod compressed;
 pub mod crash;
 pub mod exhaustive;
@@ -46,6 +48,7 @@ pub mod hunters;
 pub mod image;
 pub mod judge;
 pub mod kills;
+pub mod layers;
 pub mod load;
 pub mod model;
 pub mod mutants;

@@ -9,10 +9,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use coblock::aio::{AioContext, Home};
-use coblock::block::{self, BlockBackend};
-use coblock::coroutine::{Co, CoMutex, CoQueue};
+use coblock::block::{self, BlockBackend, Node};
+use coblock::coroutine::{Co, CoMutex, CoQueue, CoRwLock};
 
+use super::layers;
 use super::model::{History, Violation};
+use super::play::Stage;
 use super::request::Sender;
 use super::rng::Rng;
 use super::script::{Op, Script, Setting};
@@ -82,14 +84,16 @@ pub(crate) struct Shared {
     pub(crate) state: RefCell<State>,
     /// Waits for those in flight to end, or for the one that must be alone.
     turn: CoQueue,
-    pub(crate) log: Box<dyn Fn() -> usize>,
-    /// Requests that the disk below was sent.
-    pub(crate) asked: Box<dyn Fn() -> u64>,
+    stage: Option<Stage>,
     /// The contexts of the queues.
     contexts: OnceCell<Vec<Arc<AioContext>>>,
     pub(crate) setting: Setting,
     /// One takes the graph lock for writing at a time.
     pub(crate) writer: CoMutex<()>,
+    /// Filters that came while the image is open, the newest last; one changes the graph at a time.
+    pub(crate) inserted: CoMutex<Vec<Arc<Node>>>,
+    /// Resizes hold it for reading, and who needs the length to stay for writing.
+    pub(crate) layout: CoRwLock<()>,
     reopen: Option<Box<Reopen>>,
     watch: Box<dyn Fn(&Ended<'_>)>,
     after_each: Box<dyn Fn(&Ended<'_>)>,
@@ -112,9 +116,32 @@ pub(crate) struct State {
     /// Most requests that were in flight at once.
     peak: usize,
     errors: usize,
-    /// Resizes that have begun, and that are under way.
-    pub(crate) resizes: (u64, u64),
+    pub(crate) resizes: Ongoing,
+    pub(crate) changes: Ongoing,
     pub(crate) rng: Rng,
+}
+
+/// Operations that have begun, and that are under way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ongoing {
+    begun: u64,
+    under_way: u64,
+}
+
+impl Ongoing {
+    pub(crate) fn begin(&mut self) {
+        self.begun += 1;
+        self.under_way += 1;
+    }
+
+    pub(crate) fn end(&mut self) {
+        self.under_way -= 1;
+    }
+
+    /// Was there none since it was `before`?
+    pub(crate) fn none_since(self, before: Ongoing) -> bool {
+        before.under_way == 0 && self == before
+    }
 }
 
 impl Load {
@@ -131,18 +158,20 @@ impl Load {
             alone: false,
             peak: 0,
             errors: 0,
-            resizes: (0, 0),
+            resizes: Ongoing::default(),
+            changes: Ongoing::default(),
             rng: Rng::new(!seed),
         };
         Load {
             shared: Rc::new(Shared {
                 state: RefCell::new(state),
                 turn: CoQueue::new(),
-                log: Box::new(|| 0),
-                asked: Box::new(|| 0),
+                stage: None,
                 contexts: OnceCell::new(),
                 setting: script.setting.clone(),
                 writer: CoMutex::new(()),
+                inserted: CoMutex::new(Vec::new()),
+                layout: CoRwLock::new(()),
                 reopen: None,
                 watch: Box::new(|_| {}),
                 after_each: Box::new(|_| {}),
@@ -157,17 +186,10 @@ impl Load {
         Rc::get_mut(&mut self.shared).expect("it has not started")
     }
 
-    /// How many entries the file below was sent so far, for a power cut.
+    /// What lies below: how much that was sent so far, and where snapshots put their overlays.
     #[must_use]
-    pub fn log(mut self, log: impl Fn() -> usize + 'static) -> Self {
-        self.shared().log = Box::new(log);
-        self
-    }
-
-    /// How many requests the disk below was sent so far: none comes in a drained section.
-    #[must_use]
-    pub fn asked(mut self, asked: impl Fn() -> u64 + 'static) -> Self {
-        self.shared().asked = Box::new(asked);
+    pub fn stage(mut self, stage: &Stage) -> Self {
+        self.shared().stage = Some(stage.clone());
         self
     }
 
@@ -272,6 +294,28 @@ pub fn run_load(home: &Home, load: Load) -> Loaded {
 }
 
 impl Shared {
+    /// How many entries the disks below were sent so far, for a power cut.
+    pub(crate) fn log(&self) -> usize {
+        let stage = self.stage.as_ref();
+        stage.map_or(0, |stage| stage.overlays.log_len())
+    }
+
+    /// How many requests the disks below were sent so far: none comes in a drained section.
+    pub(crate) fn asked(&self) -> u64 {
+        let stage = self.stage.as_ref();
+        stage.map_or(0, |stage| layers::asked(&stage.layers()))
+    }
+
+    /// The context of a queue.
+    pub(crate) fn context(&self, queue: usize) -> &Arc<AioContext> {
+        &self.contexts.get().expect("it has started")[queue]
+    }
+
+    /// What lies below.
+    pub(crate) fn stage(&self) -> Stage {
+        self.stage.clone().expect("a load that knows its stage")
+    }
+
     /// The next request, when its turn has come.
     fn take(&self, co: &Co) -> Option<(usize, Op)> {
         loop {
@@ -296,11 +340,10 @@ impl Shared {
         let result = if op.alone() {
             self.step(co, op, backend)
         } else {
-            let contexts = self.contexts.get().expect("it has started");
             let sender = Sender {
                 co,
                 backend: &backend,
-                elsewhere: queue.map(|there| &contexts[there]),
+                elsewhere: queue.map(|there| self.context(there)),
             };
             self.request(&sender, op)
         };
@@ -339,16 +382,17 @@ impl Shared {
         match op {
             Op::Wait => return Ok(()),
             Op::Mark => {
-                self.mark.set((self.log)());
+                self.mark.set(self.log());
                 return Ok(());
             }
             _ => {}
         }
         let reopen = self.reopen.as_ref().expect("a load that knows how");
+        self.inserted.lock(co).clear();
         let began = self.state.borrow_mut().history.begin_flush();
         // Closing writes everything back; whether or not it can, the image is open no more.
         let closed = backend.close(co);
-        let ended = (self.log)();
+        let ended = self.log();
         drop(backend);
         {
             let history = &mut self.state.borrow_mut().history;

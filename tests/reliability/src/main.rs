@@ -82,7 +82,8 @@ fn simulate(words: &[String]) -> Result<bool, String> {
             for (seed, why) in &many.failures {
                 println!("FAILED seed {seed}: {why}\n  replay: cargo xtask sim --seed {seed}");
             }
-            println!("{}\n{}", many.words_line(), many.line());
+            println!("{}\n{}", many.words_line(), many.mechanisms_line());
+            println!("{}", many.line());
             Ok(many.failures.is_empty())
         }
         _ => Err(SIM_USAGE.to_string()),

@@ -141,6 +141,8 @@ pub struct History {
     lens: Vec<(WriteId, u64)>,
     /// Units that a backing file has.
     backing: usize,
+    /// Snapshots are taken: a lower image may have any older write.
+    layered: bool,
     /// May a read see half of a write that goes on at the same time?
     racing_reads: bool,
 }
@@ -206,6 +208,7 @@ impl History {
             }],
             lens: vec![(0, size)],
             backing: 0,
+            layered: false,
             units: vec![vec![0]; units],
             flushes: Vec::new(),
             base: vec![false; units],
@@ -224,6 +227,11 @@ impl History {
     pub fn set_base(&mut self, len: u64) {
         self.backing = usize::try_from(len / self.unit as u64).expect("a small disk");
         self.base[..self.backing].fill(true);
+    }
+
+    /// Says that snapshots are taken.
+    pub fn set_layered(&mut self, layered: bool) {
+        self.layered = layered;
     }
 
     /// Says that the units of `content` at `offset` were there before the run: stamps of write 0, or
@@ -522,18 +530,24 @@ impl History {
                 let w = &self.writes[index(id)];
                 w.began_log <= log && w.ended.is_none_or(|e| e >= newest)
             };
+            // Cut off and longer again, with what lies below not hidden yet.
+            let shows = |id: WriteId| {
+                let w = &self.writes[index(id)];
+                w.puts == Puts::CutOff && (w.failed || !settled(w)) && allowed(id)
+            };
             let fine = match found {
                 Content::Foreign => ids.iter().any(|id| racing(&self.writes[index(*id)])),
                 Content::Zero => ids.iter().any(|id| self.zeros(*id, unit) && allowed(*id)),
                 Content::Stamp(0) => {
-                    let shows = |id: WriteId| {
-                        let w = &self.writes[index(id)];
-                        w.puts == Puts::CutOff && (w.failed || !settled(w)) && allowed(id)
-                    };
                     self.base[unit] && allowed(0)
                         || unit < self.backing && ids.iter().any(|id| shows(*id))
                 }
-                Content::Stamp(id) => ids.contains(&id) && !self.zeros(id, unit) && allowed(id),
+                Content::Stamp(id) => {
+                    let below = |cut: &WriteId| self.layered && *cut > id && shows(*cut);
+                    ids.contains(&id)
+                        && !self.zeros(id, unit)
+                        && (allowed(id) || ids.iter().any(below))
+                }
             };
             if !fine {
                 let allowed = ids.iter().copied().filter(|id| allowed(*id)).collect();

@@ -12,10 +12,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coblock::block::drivers::sim::{LogEntry, SimDisk};
-use coblock::block::{self, BlockBackend, Explicit, Options};
+use coblock::block::{self, BlockBackend, Explicit, Node, Options};
 use coblock::coroutine::Co;
 use coblock::qcow2::{Qcow2, Qcow2Stats};
 
+use super::layers::{self, Overlays};
 use super::load::{Ended, Load, Loaded};
 use super::model::{History, stamp};
 use super::request::LIMITS;
@@ -31,6 +32,8 @@ pub const BACKING: &str = "base.raw";
 pub struct Stage {
     pub setting: Setting,
     pub disk: Arc<SimDisk>,
+    /// What snapshots put above it.
+    pub overlays: Overlays,
     /// The backing file; empty where there is none.
     pub base: Arc<SimDisk>,
     /// Compare counts with references after each request.
@@ -48,9 +51,50 @@ impl Stage {
         Stage {
             setting: setting.clone(),
             disk: SimDisk::with_contents(&image),
+            overlays: Overlays::default(),
             base: SimDisk::with_contents(&base),
             audit: true,
         }
+    }
+
+    /// The same with other images, the lowest first.
+    pub fn of(&self, layers: &[Arc<SimDisk>]) -> Self {
+        let (disk, above) = layers.split_first().expect("there is one");
+        Stage {
+            disk: disk.clone(),
+            overlays: Overlays::of(above),
+            ..self.clone()
+        }
+    }
+
+    /// The disks of all images, the lowest first.
+    pub fn layers(&self) -> Vec<Arc<SimDisk>> {
+        let mut layers = vec![self.disk.clone()];
+        layers.extend(self.overlays.disks());
+        layers
+    }
+
+    /// The one that is written to.
+    pub fn top(&self) -> Arc<SimDisk> {
+        self.overlays.disks().pop().unwrap_or(self.disk.clone())
+    }
+
+    /// An empty image of `len` bytes for a snapshot, and how it is opened.
+    pub fn overlay(&self, len: u64) -> (Arc<SimDisk>, Options) {
+        let layer = self.overlays.count() + 1;
+        let setting = Setting {
+            version: 3,
+            size: len,
+            lazy: false,
+            zstd: false,
+            ..self.setting.clone()
+        };
+        let below = layers::file_name(layer - 1);
+        let disk = SimDisk::with_contents(&image::empty(&setting, Some(&below)));
+        self.overlays.number(&disk);
+        disk.delay(self.setting.seed + layer as u64, self.most_delay());
+        let options = self.layer(&disk, layer);
+        (disk, options)
     }
 
     /// What the disk may hold at first.
@@ -72,25 +116,35 @@ impl Stage {
 
     /// From now on the disk answers late and in any order, as the setting says.
     pub fn delay(&self) {
-        let most = Duration::from_micros(self.setting.delay_us);
-        self.disk.delay(self.setting.seed, most);
+        self.disk.delay(self.setting.seed, self.most_delay());
     }
 
-    /// How the setting opens the image.
-    pub fn options(&self) -> Options {
+    fn most_delay(&self) -> Duration {
+        Duration::from_micros(self.setting.delay_us)
+    }
+
+    /// How the setting opens image `layer`.
+    fn layer(&self, disk: &Arc<SimDisk>, layer: usize) -> Options {
         let setting = &self.setting;
         let options = if setting.small_caches {
-            sim::image_with_smallest_caches(&self.disk)
+            sim::image_with_smallest_caches(disk)
         } else {
-            sim::image(&self.disk)
+            sim::image(disk)
         };
         let word = |on: bool, [yes, no]: [&'static str; 2]| if on { yes } else { no };
-        let mut options = options
+        options
+            .with("node-name", self.overlays.node_name(layer))
             .with("request-mode", word(setting.serial, ["serial", "mutex"]))
             .with(
                 "discard",
                 word(setting.ignore_discards, ["ignore", "unmap"]),
-            );
+            )
+    }
+
+    /// How the setting opens the disk.
+    pub fn options(&self) -> Options {
+        let setting = &self.setting;
+        let mut options = self.layer(&self.top(), self.overlays.count());
         let mut put_above = |filter: Options| {
             let image = std::mem::replace(&mut options, filter);
             options.nest("file", image);
@@ -105,13 +159,17 @@ impl Stage {
         options
     }
 
-    /// Lets an image have the backing file that it names.
+    /// Lets images have the backing files that they name.
     pub fn gate(&self) -> Explicit {
         let base = Options::new()
             .with("driver", "raw")
             .with("file.driver", "sim")
             .with_object("file.disk", self.base.clone());
-        Explicit::new().allow(BACKING, base)
+        let mut gate = Explicit::new().allow(BACKING, base);
+        for (nth, disk) in self.layers().iter().enumerate() {
+            gate = gate.allow(&layers::file_name(nth), self.layer(disk, nth));
+        }
+        gate
     }
 
     /// Opens it again and again.
@@ -121,6 +179,7 @@ impl Stage {
     ) -> impl Fn(&Co) -> block::Result<Arc<BlockBackend>> + 'static {
         let (stage, graph, registry) = (self.clone(), sim.graph.clone(), sim.registry.clone());
         move |co| {
+            stage.overlays.open();
             let gate = stage.gate();
             let node = block::open(co, &graph, &registry, &gate, stage.options())?;
             Ok(Arc::new(BlockBackend::new(&graph, node)))
@@ -147,7 +206,7 @@ pub struct Played {
     pub stats: Qcow2Stats,
     /// How often counts were compared with references.
     pub audits: u64,
-    /// Everything that the disk was sent, in order.
+    /// Everything that each disk was sent, in order.
     pub log: Vec<LogEntry>,
     /// Virtual time that it took.
     pub now_ns: u64,
@@ -174,12 +233,14 @@ pub fn play_with(script: &Script, prepare: impl FnOnce(&Stage, Load) -> Load) ->
 /// The same on a stage that holds what `history` says.
 pub fn play_on(
     stage: Stage,
-    history: History,
+    mut history: History,
     script: &Script,
     prepare: impl FnOnce(&Stage, Load) -> Load,
 ) -> Played {
     let setting = &script.setting;
+    history.set_layered(script.ops.iter().any(|op| op.is_snapshot()));
     stage.delay();
+    stage.overlays.begin(&stage.disk);
     let sim = Simulation::new(setting.seed, setting.queues);
     if setting.throttle_node {
         sim.add_limits(LIMITS);
@@ -189,15 +250,10 @@ pub fn play_on(
     let backend = sim
         .run(move |co| first(co))
         .unwrap_or_else(|e| panic!("seed {}: open: {e}", setting.seed));
-    let (disk, below) = (stage.disk.clone(), stage.disk.clone());
     let audits = Rc::new(Cell::new(0));
     let load = Load::new(&backend, script, history)
         .watch(auditor(&stage, audits.clone()))
-        .log(move || disk.log_len())
-        .asked(move || {
-            let counts = below.counts();
-            counts.reads + counts.writes + counts.flushes + counts.zeroes + counts.discards
-        })
+        .stage(&stage)
         .reopen(move |co| open(co));
     drop(backend);
     let load = prepare(&stage, load);
@@ -217,15 +273,16 @@ pub fn play_on(
     let last = backend.clone();
     let flushed = sim.run(move |co| last.flush(co));
     if flushed.is_ok() {
-        history.end_flush(began, stage.disk.log_len());
+        history.end_flush(began, stage.overlays.log_len());
     }
     let closed = sim.run(move |co| backend.close(co));
     let now_ns = sim.now_ns();
     sim.end();
-    assert_eq!(stage.disk.in_flight(), 0, "requests that outlive their run");
+    let in_flight: usize = stage.layers().iter().map(|disk| disk.in_flight()).sum();
+    assert_eq!(in_flight, 0, "requests that outlive their run");
     Played {
         audits: audits.get(),
-        log: stage.disk.log(),
+        log: layers::log(&stage.layers()),
         stage,
         history,
         flushed,
@@ -242,17 +299,21 @@ pub fn play_on(
 /// Compares counts with references where no change of metadata is under way, and counts how often.
 /// (R7.)
 fn auditor(stage: &Stage, audits: Rc<Cell<u64>>) -> impl Fn(&Ended<'_>) + 'static {
-    let (disk, wanted, seed) = (stage.disk.clone(), stage.audit, stage.setting.seed);
+    let (stage, seed) = (stage.clone(), stage.setting.seed);
     move |ended| {
-        if !wanted {
+        if !stage.audit {
             return;
         }
-        let peek =
-            |offset: u64, into: &mut [u8]| into.copy_from_slice(&disk.peek(offset, into.len()));
-        match with_image(ended.backend, |image| image.audit(ended.co, &peek)).flatten() {
-            None => {}
-            Some(Ok(_)) => audits.set(audits.get() + 1),
-            Some(Err(why)) => panic!("seed {seed}: after {}: {}: {why}", ended.index, ended.op),
+        for (nth, disk) in stage.layers().iter().enumerate() {
+            let peek =
+                |offset: u64, into: &mut [u8]| into.copy_from_slice(&disk.peek(offset, into.len()));
+            let node = ended.backend.graph().find_node(&stage.overlays.node_name(nth));
+            let audited = node.and_then(|node| of_node(&node, |image| image.audit(ended.co, &peek)));
+            match audited.flatten() {
+                None => {}
+                Some(Ok(_)) => audits.set(audits.get() + 1),
+                Some(Err(why)) => panic!("seed {seed}: after {}: {}: {why}", ended.index, ended.op),
+            }
         }
     }
 }
@@ -262,12 +323,17 @@ pub fn stats(backend: &BlockBackend) -> Qcow2Stats {
     with_image(backend, Qcow2::stats).unwrap_or_default()
 }
 
-/// Calls `f` with the driver of the disk's image, below any filters; unless that is closed.
-pub fn with_image<R>(backend: &BlockBackend, f: impl FnOnce(&Qcow2) -> R) -> Option<R> {
+/// Calls `f` with the driver of the disk's first image, below any filters; unless that is closed.
+fn with_image<R>(backend: &BlockBackend, f: impl FnOnce(&Qcow2) -> R) -> Option<R> {
     let graph = backend.graph();
     let names = graph.node_names();
     let mut nodes = names.iter().filter_map(|name| graph.find_node(name));
-    let node = nodes.find(|node| node.format() == "qcow2")?;
+    let node = nodes.find(|node| node.format() == "qcow2");
+    of_node(node.as_ref()?, f)
+}
+
+/// Calls `f` with the driver of an image; unless that is closed.
+fn of_node<R>(node: &Node, f: impl FnOnce(&Qcow2) -> R) -> Option<R> {
     let driver = node.driver().as_any();
     driver.and_then(|any| any.downcast_ref()).map(f)
 }

@@ -53,7 +53,7 @@ pub(crate) struct Sender<'a> {
 
 impl Sender<'_> {
     /// Calls `f` here, or as a coroutine of the other context. (Rule 3.10.)
-    fn send<R: Send>(&self, f: impl FnOnce(&Co, &Arc<BlockBackend>) -> R + Send) -> R {
+    pub(crate) fn send<R: Send>(&self, f: impl FnOnce(&Co, &Arc<BlockBackend>) -> R + Send) -> R {
         let backend = self.backend;
         match self.elsewhere {
             None => f(self.co, backend),
@@ -68,10 +68,10 @@ impl Shared {
     /// refused that would have fitted before.
     pub(crate) fn request(&self, sender: &Sender<'_>, op: Op) -> Result<(), Failed> {
         let len = sender.backend.len();
-        let (begun, under_way) = self.state.borrow().resizes;
+        let before = self.state.borrow().resizes;
         match self.send(sender, op) {
             Err(Failed::Error(error)) if error.kind() == ErrorKind::OutOfBounds => {
-                let resized = under_way > 0 || self.state.borrow().resizes.0 > begun;
+                let resized = !self.state.borrow().resizes.none_since(before);
                 let fits = op.range().is_some_and(|(at, many)| at + many as u64 <= len);
                 match fits && !resized {
                     true => Err(Failed::Error(error)),
@@ -99,34 +99,46 @@ impl Shared {
             }
             Op::Write { offset, len, flags } => {
                 let mut buf = Buffer::new(len, ragged);
-                let id = history().begin_write(offset, buf.bytes(), (self.log)());
+                let id = history().begin_write(offset, buf.bytes(), self.log());
                 let bytes = &*buf.bytes();
                 let result = sender.send(|co, backend| backend.pwrite(co, offset, bytes, flags));
                 self.changed(id, op, flags, result)
             }
             Op::Zero { offset, len, flags } => {
-                let id = history().begin_zeros(offset, len, (self.log)(), Puts::Zeros);
+                let id = history().begin_zeros(offset, len, self.log(), Puts::Zeros);
                 let many = len as u64;
                 let result =
                     sender.send(|co, backend| backend.pwrite_zeroes(co, offset, many, flags));
                 self.changed(id, op, flags, result)
             }
             Op::Discard { offset, len } => {
-                let id = history().begin_zeros(offset, len, (self.log)(), Puts::ZerosOrNothing);
+                let id = history().begin_zeros(offset, len, self.log(), Puts::ZerosOrNothing);
                 let many = len as u64;
                 let result = sender.send(|co, backend| backend.pdiscard(co, offset, many));
                 self.changed(id, op, none, result)
             }
             Op::Copy { offset, len } => {
                 let mut buf = vec![0; len];
-                let id = history().begin_write(offset, &mut buf, (self.log)());
+                let id = history().begin_write(offset, &mut buf, self.log());
                 let result = sender.send(|co, backend| copy(co, backend, offset, &buf));
                 self.changed(id, op, none, result)
             }
             // Where somebody else has made it longer, or shorter, it is to stay so.
-            Op::Grow { len } if sender.backend.len() < len => self.resize(sender, len),
-            Op::Shrink { len } if sender.backend.len() > len => self.resize(sender, len),
+            Op::Grow { len } if sender.backend.len() < len => {
+                self.resize(sender, len, |co, backend| backend.truncate(co, len, true))
+            }
+            Op::Shrink { len } if sender.backend.len() > len => {
+                self.resize(sender, len, |co, backend| backend.truncate(co, len, true))
+            }
             Op::Grow { .. } | Op::Shrink { .. } | Op::Move { .. } => Ok(()),
+            Op::Resize { len } => {
+                // It asks the disk below in its own section, whoever else has one.
+                self.state.borrow_mut().changes.begin();
+                let resized = self.resize(sender, len, |co, backend| backend.resize(co, len));
+                self.state.borrow_mut().changes.end();
+                resized
+            }
+            Op::Change(change) => self.change(sender, change),
             Op::Drain => self.hold(sender, |co, backend| backend.node().drain(co)),
             Op::DrainAll => self.hold(sender, |co, backend| backend.graph().drain(co)),
             Op::Lock => {
@@ -140,7 +152,7 @@ impl Shared {
             Op::Flush => {
                 let began = history().begin_flush();
                 sender.send(|co, backend| backend.flush(co))?;
-                history().end_flush(began, (self.log)());
+                history().end_flush(began, self.log());
                 Ok(())
             }
             Op::Wait | Op::Reopen | Op::Mark => unreachable!("steps are no requests"),
@@ -157,7 +169,7 @@ impl Shared {
         let history = &mut self.state.borrow_mut().history;
         match result {
             Ok(()) if flags.contains(RequestFlags::FUA) => {
-                history.end_durable_write(id, (self.log)());
+                history.end_durable_write(id, self.log());
             }
             Ok(()) => history.end_write(id),
             Err(_) => history.fail_write(id),
@@ -184,31 +196,40 @@ impl Shared {
         self.written(id, flags, Ok(()))
     }
 
-    fn resize(&self, sender: &Sender<'_>, len: u64) -> Result<(), Failed> {
+    fn resize(
+        &self,
+        sender: &Sender<'_>,
+        len: u64,
+        resize: impl FnOnce(&Co, &Arc<BlockBackend>) -> block::Result<()> + Send,
+    ) -> Result<(), Failed> {
+        let _layout = self.layout.read(sender.co);
         let id = {
             let mut s = self.state.borrow_mut();
-            s.resizes.0 += 1;
-            s.resizes.1 += 1;
-            s.history.begin_resize(len, (self.log)())
+            s.resizes.begin();
+            s.history.begin_resize(len, self.log())
         };
-        let result = sender.send(|co, backend| backend.truncate(co, len, true));
-        self.state.borrow_mut().resizes.1 -= 1;
+        let result = sender.send(resize);
+        self.state.borrow_mut().resizes.end();
         self.written(id, RequestFlags::empty(), result)
     }
 
-    /// Rules 5.1, 5.4: in a section nothing is in flight, and the disk below hears nothing.
+    /// Rules 5.1, 5.4: in a section nothing is in flight, and the disk below hears nothing; unless the
+    /// disk got another node meanwhile.
     fn hold(
         &self,
         sender: &Sender<'_>,
         drain: impl FnOnce(&Co, &Arc<BlockBackend>) -> Drained + Send,
     ) -> Result<(), Failed> {
+        let before = self.state.borrow().changes;
         let drained = sender.send(drain);
-        let asked = (self.asked)();
+        let asked = self.asked();
         let time = Duration::from_micros(self.setting.delay_us);
         sender.send(|co, _| coblock::aio::co::sleep(co, time));
-        let in_flight = sender.backend.in_flight();
-        assert_eq!(in_flight, 0, "requests in flight in {drained:?}");
-        assert_eq!((self.asked)(), asked, "requests sent below in {drained:?}");
+        if self.state.borrow().changes.none_since(before) {
+            let in_flight = sender.backend.in_flight();
+            assert_eq!(in_flight, 0, "requests in flight in {drained:?}");
+            assert_eq!(self.asked(), asked, "requests sent below in {drained:?}");
+        }
         drop(drained);
         Ok(())
     }
@@ -232,22 +253,28 @@ impl Shared {
 
     /// Rule 8.1: new limits, for those that wait too.
     fn limit(&self, backend: &BlockBackend, iops: u64, bps: u64) {
-        let graph = backend.graph();
         let config = ThrottleConfig {
             iops_total: Limit::average(iops),
             bps_total: Limit::average(bps),
             ..ThrottleConfig::default()
         };
-        let group = graph.throttle_group(LIMITS).unwrap_or_else(|| {
-            let group = ThrottleGroup::new(LIMITS, graph.main_context().clock(), config)
-                .expect("limits that make sense");
-            graph.add_throttle_group(&group).expect("there was none");
-            group
-        });
+        let group = self.group(backend.graph());
         group.set_config(config).expect("limits that make sense");
         if !self.setting.throttle_node {
             backend.set_throttle(config.is_enabled().then_some(&group));
         }
+    }
+}
+
+impl Shared {
+    /// The group of limits that scripts set.
+    pub(crate) fn group(&self, graph: &Arc<Graph>) -> Arc<ThrottleGroup> {
+        graph.throttle_group(LIMITS).unwrap_or_else(|| {
+            let (clock, none) = (graph.main_context().clock(), ThrottleConfig::default());
+            let group = ThrottleGroup::new(LIMITS, clock, none).expect("no limits");
+            graph.add_throttle_group(&group).expect("there was none");
+            group
+        })
     }
 }
 

@@ -14,6 +14,8 @@
 //! zero 0x0 512 unmap fua
 //! move 1
 //! drain
+//! insert throttle
+//! snapshot
 //! ```
 //!
 //! A new feature adds its operation here, what it does to the disk in `load.rs`, and what it means in
@@ -24,6 +26,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use coblock::block::RequestFlags;
+
+use super::changes::Change;
 
 /// One request, or a step between requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +54,10 @@ pub enum Op {
     Grow { len: u64 },
     /// Make the disk `len` bytes long, if it is longer.
     Shrink { len: u64 },
+    /// Make the disk `len` bytes long in a drained section, as a management tool does.
+    Resize { len: u64 },
+    /// A change of the graph.
+    Change(Change),
     /// A drained section of the disk's node, held for a while.
     Drain,
     /// The same of all nodes.
@@ -81,6 +89,8 @@ impl Op {
             | Op::Copy { offset, len } => Some((offset, len)),
             Op::Grow { .. }
             | Op::Shrink { .. }
+            | Op::Resize { .. }
+            | Op::Change(_)
             | Op::Drain
             | Op::DrainAll
             | Op::Lock
@@ -109,6 +119,8 @@ impl Op {
             Op::Copy { .. } => "copy",
             Op::Grow { .. } => "grow",
             Op::Shrink { .. } => "shrink",
+            Op::Resize { .. } => "resize",
+            Op::Change(change) => change.word(),
             Op::Drain => "drain",
             Op::DrainAll => "drain-all",
             Op::Lock => "lock",
@@ -126,6 +138,11 @@ impl Op {
             Op::Write { flags, .. } | Op::Zero { flags, .. } => flags,
             _ => RequestFlags::empty(),
         }
+    }
+
+    /// Does an overlay come above the image?
+    pub fn is_snapshot(&self) -> bool {
+        matches!(self, Op::Change(Change::Snapshot { .. }))
     }
 
     /// Must nothing else be in flight?
@@ -154,7 +171,10 @@ impl fmt::Display for Op {
             }
         }
         match *self {
-            Op::Grow { len } | Op::Shrink { len } => write!(f, " {len:#x}"),
+            Op::Grow { len } | Op::Shrink { len } | Op::Resize { len } => {
+                write!(f, " {len:#x}")
+            }
+            Op::Change(change) => f.write_str(change.behind()),
             Op::Move { queue } => write!(f, " {queue}"),
             Op::Throttle { iops, bps } => write!(f, " {iops} {bps}"),
             _ => Ok(()),
@@ -193,6 +213,7 @@ impl FromStr for Op {
             }
             ["grow", len] => Op::Grow { len: number(len)? },
             ["shrink", len] => Op::Shrink { len: number(len)? },
+            ["resize", len] => Op::Resize { len: number(len)? },
             ["drain"] => Op::Drain,
             ["drain-all"] => Op::DrainAll,
             ["lock"] => Op::Lock,
@@ -207,7 +228,7 @@ impl FromStr for Op {
             ["wait"] => Op::Wait,
             ["reopen"] => Op::Reopen,
             ["mark"] => Op::Mark,
-            _ => return Err(unknown()),
+            _ => Op::Change(Change::read(&words).ok_or_else(unknown)?),
         })
     }
 }
@@ -450,7 +471,8 @@ impl Script {
                 // Sectors, so that the format takes it.
                 Op::Shrink { len } => len <= size && whole(len) && len.is_multiple_of(512),
                 Op::Grow { len } => len >= size,
-                Op::Move { queue } => queue < queues,
+                Op::Resize { len } => len.is_multiple_of(512) && whole(len.min(size)),
+                Op::Move { queue } | Op::Change(Change::Home { queue }) => queue < queues,
                 _ => true,
             };
             if !fits {
@@ -464,6 +486,7 @@ impl Script {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::changes;
     use crate::swarm::Params;
 
     /// What is written is read again, for every operation that the swarm draws.
@@ -478,6 +501,8 @@ mod tests {
                 .ops
                 .extend([Op::DrainAll, Op::Lock, Op::Move { queue: 0 }]);
             script.ops.push(Op::Shrink { len: 512 });
+            script.ops.push(Op::Resize { len: 512 });
+            script.ops.extend(changes::all().map(Op::Change));
             script.ops.push(Op::Throttle { iops: 9, bps: 0 });
             script.ops.push(Op::Write {
                 offset: 0,
@@ -500,6 +525,8 @@ mod tests {
             ("image size=0x1000\nwrite 0x1000 512", "not on the units"),
             ("discard 0x1000 512 fua", "line 1: no operation"),
             ("move 1", "not with this disk and these queues"),
+            ("insert throttle high", "no operation"),
+            ("resize 1000", "not with this disk and these queues"),
             ("shrink 0x10000000", "not with this disk and these queues"),
         ] {
             let error = text.parse::<Script>().unwrap_err();

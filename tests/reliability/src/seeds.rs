@@ -45,7 +45,7 @@ const SAMPLE: Sample = Sample {
 const PLACES: u64 = 4;
 
 /// What at least a quarter of the seeds use.
-const WANTED: [&str; 14] = [
+const WANTED: [&str; 22] = [
     "two queues or more",
     "backing",
     "copy-on-read",
@@ -57,9 +57,30 @@ const WANTED: [&str; 14] = [
     "throttle",
     "shrink",
     "grow",
+    "resize",
+    "insert",
+    "remove",
+    "replace",
+    "options",
+    "refused",
+    "snapshot",
+    "home",
     "fua",
     "unmap",
     "faults",
+];
+
+/// Mechanisms, each of which at least a quarter of the seeds use, by the words that use them.
+const MECHANISMS: [(&str, &[&str]); 6] = [
+    ("drained sections", &["drain", "drain-all"]),
+    (
+        "changes of the graph",
+        &["insert", "remove", "replace", "refused", "snapshot", "snapshot-two"],
+    ),
+    ("moves between contexts", &["home"]),
+    ("requests through other contexts", &["move"]),
+    ("changes of limits", &["throttle"]),
+    ("faults", &["faults"]),
 ];
 
 /// What a seed is.
@@ -116,6 +137,7 @@ pub fn draw(seed: u64) -> Seed {
     let faults = (0..count).map(|_| fault(&mut rng)).collect();
     swarm::add_features(&mut script, &mut Rng::new(seed ^ 0x0ff3_4705));
     swarm::add_steps(&mut script, &mut Rng::new(seed ^ 0x57e9_5000));
+    swarm::add_changes(&mut script, &mut Rng::new(seed ^ 0xc4a4_9e50));
     Seed { script, faults }
 }
 
@@ -255,10 +277,10 @@ fn judge_end(judge: &Judge, seed: &Seed, played: &mut Played) -> Verdict {
         }
         return judge.after_all(played);
     }
-    let disk = &played.stage.disk;
-    disk.clear_faults();
+    played.stage.disk.clear_faults();
+    let top = played.stage.top();
     judge
-        .after_power_cut(&played.stage, &played.history, usize::MAX, disk)
+        .after_power_cut(&played.stage, &played.history, usize::MAX, &top)
         .map(drop)
 }
 
@@ -270,6 +292,12 @@ pub fn replay(seed: u64) -> Verdict<Outcome> {
     let drawn = draw(seed);
     println!("{}\n\nfaults {:?}\n", drawn.script, drawn.faults);
     let trace = Rc::new(Trace::default());
+    // Where it hangs: what everybody waits for, while they still live.
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        eprintln!("{}", coblock::coroutine::dump(true));
+    }));
     let played = {
         let trace = trace.clone();
         let play = std::panic::AssertUnwindSafe(|| play_seed(&drawn, &trace, true));
@@ -302,6 +330,8 @@ pub struct Many {
     pub audits: u64,
     /// How many seeds make use of each operation, flag and feature.
     pub words: BTreeMap<&'static str, u64>,
+    /// How many use each of [`MECHANISMS`].
+    pub mechanisms: BTreeMap<&'static str, u64>,
     pub seconds: f64,
     /// The seed and what was wrong.
     pub failures: Vec<(u64, String)>,
@@ -310,9 +340,12 @@ pub struct Many {
 impl Many {
     /// How many seeds make use of what.
     pub fn words_line(&self) -> String {
-        let words = self.words.iter();
-        let words: Vec<String> = words.map(|(word, many)| format!("{word} {many}")).collect();
-        format!("seeds that make use of: {}", words.join(", "))
+        format!("seeds that make use of: {}", joined(&self.words))
+    }
+
+    /// How many seeds use each mechanism.
+    pub fn mechanisms_line(&self) -> String {
+        format!("of {} seeds use: {}", self.seeds, joined(&self.mechanisms))
     }
 
     /// One line.
@@ -326,6 +359,11 @@ impl Many {
             self.seeds as f64 / self.seconds.max(1e-9)
         )
     }
+}
+
+fn joined(counts: &BTreeMap<&str, u64>) -> String {
+    let each = counts.iter().map(|(word, many)| format!("{word} {many}"));
+    each.collect::<Vec<_>>().join(", ")
 }
 
 /// Runs `count` seeds from `first` on; every `twice`th of them two times, which must not differ.
@@ -344,7 +382,13 @@ pub fn many(first: u64, count: u64, twice: u64, jobs: usize) -> Many {
         ..Many::default()
     };
     for (&seed, result) in seeds.iter().zip(results) {
-        for word in draw(seed).words() {
+        let words = draw(seed).words();
+        for (name, its) in MECHANISMS {
+            if its.iter().any(|word| words.contains(word)) {
+                *many.mechanisms.entry(name).or_default() += 1;
+            }
+        }
+        for word in words {
             *many.words.entry(word).or_default() += 1;
         }
         match result.and_then(|judged| judged) {
@@ -370,19 +414,52 @@ fn run(plan: &Plan, report: &mut Report) {
         report.fail("seeds", "no seed met a compressed cluster");
     }
     // A quarter of the seeds use each of those that need many queues or change the graph.
-    for word in WANTED {
-        let uses = many.words.get(word).copied().unwrap_or(0);
+    let mechanisms = MECHANISMS.map(|(name, _)| (name, &many.mechanisms));
+    let words = WANTED.map(|word| (word, &many.words));
+    for (word, counts) in mechanisms.into_iter().chain(words) {
+        let uses = counts.get(word).copied().unwrap_or(0);
         if uses < count / 4 {
             report.fail("seeds", &format!("only {uses} seeds use '{word}'"));
         }
     }
     report.say(many.line());
     report.say(many.words_line());
+    report.say(many.mechanisms_line());
     report.say(format!(
         "{} compressed clusters inflated; {} requests failed because the disk did; {} times counts equalled references with requests in flight; 50 seeds ran twice, with the same hash of everything that happened",
         many.cuts.inflated, many.errors, many.audits
     ));
     for (seed, why) in &many.failures {
         report.fail(&format!("cargo xtask sim --seed {seed}"), why);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn passes(seed: u64) {
+        judge_seed(seed).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+    }
+
+    /// A filter was opened, the disk got shorter, and the filter came above it: the disk was as long as
+    /// before for its user.
+    #[test]
+    fn a_filter_opened_before_a_resize() {
+        passes(21);
+    }
+
+    /// `BlockBackend::resize` waited for requests of a filter that was taken out meanwhile: it resized
+    /// the filter, which was closed.
+    #[test]
+    fn a_resize_meets_a_filter_that_goes() {
+        passes(140);
+    }
+
+    /// Readers left one after the other while a transaction asked for the graph lock: the last one woke
+    /// nobody, and everything stood still.
+    #[test]
+    fn the_last_reader_wakes_a_transaction() {
+        passes(693);
     }
 }

@@ -6,6 +6,7 @@
 
 use coblock::block::RequestFlags;
 
+use super::changes::{Change, Filter};
 use super::rng::Rng;
 use super::script::{Op, Script, Setting};
 
@@ -322,14 +323,66 @@ pub fn add_steps(script: &mut Script, rng: &mut Rng) {
     }
 }
 
+/// Strews changes of the graph: each kind in about two scripts of five.
+pub fn add_changes(script: &mut Script, rng: &mut Rng) {
+    let ignored = script.setting.ignore_discards;
+    let mut strew_some = |most, draw: &dyn Fn(&mut Rng) -> Vec<Change>| {
+        if rng.chance(40) {
+            strew(script, rng, most, &|rng| {
+                draw(rng).into_iter().map(Op::Change).collect()
+            });
+        }
+    };
+    let filter = |rng: &mut Rng| rng.pick(&[Filter::CopyOnRead, Filter::Throttle]);
+    let insert = |rng: &mut Rng| Change::Insert {
+        filter: filter(rng),
+        low: rng.chance(40),
+    };
+    strew_some(3, &|rng| vec![insert(rng), Change::Remove]);
+    strew_some(2, &|rng| {
+        let replace = Change::Replace {
+            filter: filter(rng),
+        };
+        vec![insert(rng), replace]
+    });
+    strew_some(2, &|_| {
+        let options = |discard| Change::Options { discard };
+        vec![options(ignored), options(!ignored)]
+    });
+    strew_some(2, &|_| vec![Change::Refused]);
+    strew_some(2, &|_| vec![Change::Snapshot { two: false }]);
+    strew_some(1, &|_| vec![Change::Snapshot { two: true }]);
+    let queues = script.setting.queues as u64;
+    if rng.chance(45) {
+        strew(script, rng, 3, &|rng| {
+            let queue = usize::try_from(rng.below(queues)).expect("few");
+            vec![Op::Change(Change::Home { queue })]
+        });
+    }
+    if rng.chance(40)
+        && let Some((size, step)) = resizable(&script.setting)
+    {
+        strew(script, rng, 2, &|rng| {
+            let len = rng.between(size / step / 4, size / step) * step;
+            let longer = size + rng.below(3) * (64 << 10);
+            vec![Op::Resize { len }, Op::Resize { len: longer }]
+        });
+    }
+}
+
+/// The disk's size, and what shorter ones are multiples of; nothing where it cannot get longer again.
+fn resizable(setting: &Setting) -> Option<(u64, u64)> {
+    // Version 2 has no zeros that would hide the backing file.
+    let hides = setting.version > 2 || setting.backing == 0;
+    let longest = setting.size.next_multiple_of(512);
+    hides.then_some((longest, setting.unit.max(512) as u64))
+}
+
 /// Makes the disk shorter, and longer again, up to `most` times.
 pub fn add_resizes(script: &mut Script, rng: &mut Rng, most: u64) {
-    let setting = &script.setting;
-    // Version 2 has no zeros that would hide the backing file.
-    if setting.version == 2 && setting.backing > 0 {
+    let Some((size, step)) = resizable(&script.setting) else {
         return;
-    }
-    let (size, step) = (setting.size, setting.unit.max(512) as u64);
+    };
     strew(script, rng, most, &|rng| {
         let len = rng.between(size / step / 4, size / step) * step;
         let longer = size + rng.below(3) * (64 << 10);
@@ -363,6 +416,7 @@ mod tests {
             script.setting.queues = 3;
             add_features(&mut script, &mut Rng::new(seed));
             add_steps(&mut script, &mut Rng::new(seed));
+            add_changes(&mut script, &mut Rng::new(seed));
             script
                 .judge()
                 .unwrap_or_else(|e| panic!("seed {seed}: {e}"));

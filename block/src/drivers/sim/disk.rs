@@ -17,6 +17,7 @@ use coblock_coroutine::{Co, ThreadLock};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// What a disk writes in one piece, in bytes.
@@ -88,6 +89,7 @@ pub struct Counts {
 #[derive(Clone)]
 pub(super) struct Logged {
     pub(super) entry: LogEntry,
+    number: u64,
     /// Place in the order in which requests ended; `None` while in flight.
     pub(super) ended: Option<u64>,
     /// Ended well: a flush that begins now covers it.
@@ -102,6 +104,8 @@ pub(super) struct State {
     now: Pages,
     len: u64,
     pub(super) log: Vec<Logged>,
+    /// Numbers the log's entries.
+    order: Option<Arc<AtomicU64>>,
     ended: u64,
     pub(super) faults: Vec<Fault>,
     pub(super) holds: Vec<Arc<Held>>,
@@ -232,6 +236,17 @@ impl SimDisk {
             .iter()
             .map(|logged| logged.entry.clone())
             .collect()
+    }
+
+    /// From now on entries of the log get their numbers from `order`, which other disks may share.
+    pub fn number_by(&self, order: &Arc<AtomicU64>) {
+        self.state.lock().order = Some(order.clone());
+    }
+
+    /// The number of each entry of the log: its place, unless [`SimDisk::number_by`] says otherwise.
+    pub fn numbers(&self) -> Vec<u64> {
+        let state = self.state.lock();
+        state.log.iter().map(|logged| logged.number).collect()
     }
 
     /// Forgets the log: everything on the disk now counts as durable.
@@ -576,12 +591,21 @@ impl State {
             Action::Zero { len } | Action::Discard { len } => LogEntry::Zero { offset, len: *len },
             Action::Resize => LogEntry::Resize { len: offset },
         };
+        let number = self.next_number();
         self.log.push(Logged {
             entry,
+            number,
             ended: None,
             done: false,
         });
         Sent::Entry(self.log.len() - 1)
+    }
+
+    fn next_number(&self) -> u64 {
+        match &self.order {
+            Some(order) => order.fetch_add(1, Ordering::Relaxed),
+            None => self.log.len() as u64,
+        }
     }
 
     fn finish(&mut self, sent: Sent, offset: u64, action: &mut Action<'_>) {
@@ -612,9 +636,10 @@ impl State {
             }
         };
         self.ended += 1;
-        let ended = Some(self.ended);
+        let (ended, number) = (Some(self.ended), self.next_number());
         self.log.push(Logged {
             entry: LogEntry::Flush { covered },
+            number,
             ended,
             done: false,
         });

@@ -79,6 +79,7 @@ fn move_all(
     section: &mut Section<'_>,
 ) -> Result<Vec<Arc<Node>>> {
     for (user, to) in future.moves() {
+        follow_children(to, section);
         refuse_unfit(user, to, section)?;
         refuse_two_homes(user, to, future, section)?;
     }
@@ -98,6 +99,19 @@ fn move_all(
         }
     }
     Ok(future.removed())
+}
+
+/// The node was opened a while ago: if it is a filter, its child may have got another length since.
+fn follow_children(node: &Arc<Node>, section: &mut Section<'_>) {
+    let mut chain = vec![node.clone()];
+    while let Some(edge) = edge_of(&chain[chain.len() - 1], ChildRole::Filtered) {
+        let below = edge.below();
+        chain.push(below);
+    }
+    for node in chain.iter().rev() {
+        node.follow_child();
+    }
+    section.nodes.append(&mut chain);
 }
 
 /// Rule 5.4: the user stays quiesced while it moves; at an undrained node it is let go afterwards.
