@@ -64,7 +64,11 @@ pub fn empty(setting: &Setting, backing: Option<&str>) -> Vec<u8> {
         // Header extension "backing file format name", then the end of the extensions, then the
         // name.
         put32(&mut bytes, end, 0xe279_2aca);
-        let format = if name.ends_with(".qcow2") { "qcow2" } else { "raw" };
+        let format = if name.ends_with(".qcow2") {
+            "qcow2"
+        } else {
+            "raw"
+        };
         put32(&mut bytes, end + 4, format.len());
         bytes[end + 8..end + 8 + format.len()].copy_from_slice(format.as_bytes());
         end += 24;

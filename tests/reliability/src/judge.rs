@@ -110,7 +110,8 @@ impl Judge {
         let layers = stage.layers();
         for below in &layers[..layers.len() - 1] {
             if !is_dirty(below) {
-                self.sound(below).map_err(|why| format!("a lower image: {why}"))?;
+                self.sound(below)
+                    .map_err(|why| format!("a lower image: {why}"))?;
             }
         }
         history.len_after_power_cut(at, soundness::disk_len(left))?;

@@ -307,8 +307,12 @@ fn auditor(stage: &Stage, audits: Rc<Cell<u64>>) -> impl Fn(&Ended<'_>) + 'stati
         for (nth, disk) in stage.layers().iter().enumerate() {
             let peek =
                 |offset: u64, into: &mut [u8]| into.copy_from_slice(&disk.peek(offset, into.len()));
-            let node = ended.backend.graph().find_node(&stage.overlays.node_name(nth));
-            let audited = node.and_then(|node| of_node(&node, |image| image.audit(ended.co, &peek)));
+            let node = ended
+                .backend
+                .graph()
+                .find_node(&stage.overlays.node_name(nth));
+            let audited =
+                node.and_then(|node| of_node(&node, |image| image.audit(ended.co, &peek)));
             match audited.flatten() {
                 None => {}
                 Some(Ok(_)) => audits.set(audits.get() + 1),

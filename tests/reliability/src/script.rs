@@ -494,6 +494,7 @@ mod tests {
     fn text_is_read_back() {
         for seed in 0..100 {
             let mut script = Params::draw(seed).script();
+            script.setting.queues = 4;
             script
                 .ops
                 .extend([Op::Wait, Op::Reopen, Op::Mark, Op::Drain]);

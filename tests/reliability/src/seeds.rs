@@ -75,7 +75,14 @@ const MECHANISMS: [(&str, &[&str]); 6] = [
     ("drained sections", &["drain", "drain-all"]),
     (
         "changes of the graph",
-        &["insert", "remove", "replace", "refused", "snapshot", "snapshot-two"],
+        &[
+            "insert",
+            "remove",
+            "replace",
+            "refused",
+            "snapshot",
+            "snapshot-two",
+        ],
     ),
     ("moves between contexts", &["home"]),
     ("requests through other contexts", &["move"]),
@@ -330,7 +337,7 @@ pub struct Many {
     pub audits: u64,
     /// How many seeds make use of each operation, flag and feature.
     pub words: BTreeMap<&'static str, u64>,
-    /// How many use each of [`MECHANISMS`].
+    /// How many use each mechanism.
     pub mechanisms: BTreeMap<&'static str, u64>,
     pub seconds: f64,
     /// The seed and what was wrong.
