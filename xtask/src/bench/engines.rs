@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::rows::{QEMU_MOST_CACHED_AT_DEPTH_1, REQUEST, Row};
+use super::rows::{REQUEST, Row};
 use crate::child;
 
 /// A run that takes longer is given up.
@@ -153,9 +153,7 @@ impl Programs {
             }
             Engine::Qemu => {
                 command.args(["bench", "-f", "qcow2", "-i", "io_uring"]);
-                if run.row.depth == 1 && !run.row.direct && !run.row.write {
-                    count = count.min(QEMU_MOST_CACHED_AT_DEPTH_1);
-                }
+                count = run.row.requests_of_qemu(count);
             }
             // Its calls to the kernel block, so past the page cache one thread has one request
             // in flight; within it, more threads only cost more.

@@ -10,7 +10,10 @@ pub const REQUEST: u64 = 4096;
 pub const CLUSTER: u64 = 65536;
 /// qemu-img 10.0.2 recurses once for each cached read that completes at once, and at depth 1
 /// overflows its stack somewhere below 200 000 of them.
-pub const QEMU_MOST_CACHED_AT_DEPTH_1: u64 = 100_000;
+const QEMU_MOST_CACHED_AT_DEPTH_1: u64 = 100_000;
+/// The same where its cache of mapping is too small: 200 000 at depth 32 of a disk of 1 TiB ended
+/// with a segmentation fault once.
+const QEMU_MOST_CACHED_SPARSE: u64 = 50_000;
 
 /// One line of the table.
 pub struct Row {
@@ -298,6 +301,17 @@ impl Row {
             u64::MAX
         };
         scaled.max(self.least).max(self.depth).min(most)
+    }
+
+    /// Requests that qemu-img is asked for where this row has `count`.
+    pub fn requests_of_qemu(&self, count: u64) -> u64 {
+        let reads_cached = !self.write && !self.direct;
+        let most = match self.image {
+            Image::Sparse(_) if reads_cached => QEMU_MOST_CACHED_SPARSE,
+            _ if reads_cached && self.depth == 1 => QEMU_MOST_CACHED_AT_DEPTH_1,
+            _ => u64::MAX,
+        };
+        count.min(most)
     }
 
     /// First offset, and bytes from one request to the next, where `--size` is `size` bytes.
