@@ -6,6 +6,7 @@ mod support;
 use coblock_block::{BlockBackend, ErrorKind, Options, Result};
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use support::World;
@@ -373,6 +374,63 @@ fn duplicates_and_children_neither_lose_nor_keep_locks() {
     world.close(holder).unwrap();
     assert_eq!(told(), "", "closed, while a child has a duplicate");
     end(child);
+    world.end();
+}
+
+/// A process made by `fork` alone, which has every descriptor of ours, those too that an `exec` would
+/// close. It waits until it is ended.
+struct Forked {
+    pid: libc::pid_t,
+    gate: std::io::PipeWriter,
+}
+
+impl Forked {
+    fn new() -> Forked {
+        let (end, gate) = std::io::pipe().unwrap();
+        // SAFETY: the new process has one thread and no lock that another one held; so it only
+        // calls what is allowed there (close, read, _exit), and never returns.
+        let pid = unsafe { libc::fork() };
+        assert!(pid >= 0, "{}", std::io::Error::last_os_error());
+        if pid == 0 {
+            // SAFETY: this process' own descriptor, which nobody uses any more.
+            unsafe { libc::close(gate.as_raw_fd()) };
+            let mut byte = 0_u8;
+            // SAFETY: one byte, into a local; it ends when the other process has closed the gate.
+            unsafe { libc::read(end.as_raw_fd(), (&raw mut byte).cast(), 1) };
+            // SAFETY: ends the process, and runs nothing of what the other one has planned.
+            unsafe { libc::_exit(0) };
+        }
+        Forked { pid, gate }
+    }
+
+    fn end(self) {
+        drop(self.gate);
+        // SAFETY: our own child, which nobody else waits for; no status is asked.
+        let waited = unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
+        assert_eq!(waited, self.pid);
+    }
+}
+
+/// A child that was forked and runs no other program has our descriptors themselves: its end takes
+/// no lock away, and closing the image gives the locks back while it lives. (Reliability: locking
+/// and ownership.)
+#[test]
+fn a_fork_neither_loses_nor_keeps_locks() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk");
+    std::fs::write(&image, [0; 4096]).unwrap();
+    let world = world();
+    let open = || open(&world, &image, "storage", false, false);
+    let refused = || open().map(drop).map_err(|error| error.kind());
+    let holder = open().unwrap();
+    Forked::new().end();
+    assert_eq!(refused(), Err(ErrorKind::Locked), "a child has ended");
+    let child = Forked::new();
+    world.close(holder).unwrap();
+    let next = open().expect("closed, while a child has the file open");
+    child.end();
+    assert_eq!(refused(), Err(ErrorKind::Locked), "another child has ended");
+    world.close(next).unwrap();
     world.end();
 }
 
