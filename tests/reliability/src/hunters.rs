@@ -30,6 +30,7 @@ pub const ALL: &[Hunter] = &[
     ("serialising requests", 1, serialising),
     ("shared clusters", 1, shared_clusters),
     ("a reader of a freed cluster", 1, reader_of_a_freed_cluster),
+    ("a flush during a flush", 1, flush_during_a_flush),
     ("limits", 1, limits),
     ("simulated seeds", 24, simulated),
     ("power cuts", 24, power_cut),
@@ -257,6 +258,68 @@ fn reader_of_a_freed_cluster(_: u64) -> Verdict {
     match data.iter().find(|byte| **byte > 1) {
         None => Ok(()),
         Some(byte) => Err(format!("it found {byte}, which is another cluster's")),
+    }
+}
+
+/// A flush that comes while another one writes tables: it waits for its turn, or the older copy of
+/// a table could land on the newer one. Both flushes' data is there afterwards.
+fn flush_during_a_flush(_: u64) -> Verdict {
+    let disk = SimDisk::with_contents(&image::empty(&Setting::default(), None));
+    let session = sim::session();
+    let backend = session
+        .open(sim::image(&disk), &DenyAll)
+        .map_err(|e| e.to_string())?;
+    let start = |cluster: u8| {
+        let done = Rc::new(Cell::new(None));
+        let (result, its) = (done.clone(), backend.clone());
+        session.home.spawn("write and flush", move |co| {
+            let data = vec![1 + cluster; CLUSTER];
+            let at = u64::from(cluster) * CLUSTER as u64;
+            let wrote = its.pwrite(co, at, &data[..], RequestFlags::empty());
+            result.set(Some(wrote.and_then(|()| its.flush(co))));
+        });
+        while session.home.poll(false) {}
+        done
+    };
+    let ended = |done: Rc<Cell<Option<coblock::block::Result<()>>>>| match done.take() {
+        None => Err("a flush waits for ever".to_string()),
+        Some(result) => result.map_err(|e| e.to_string()),
+    };
+    ended(start(0))?;
+    let counts = word(&disk, soundness::header(&disk).refcount_table_offset.get());
+    let hold = disk.hold(Match::writes().touching(counts..counts + CLUSTER as u64));
+    let first = start(1);
+    if hold.waiting() != 1 {
+        return Err("no flush is writing counts".to_string());
+    }
+    let second = start(2);
+    if hold.waiting() != 1 || second.take().is_some() {
+        return Err("the second flush writes tables beside the first".to_string());
+    }
+    drop(hold);
+    while session.home.poll(false) {}
+    ended(first)?;
+    ended(second)?;
+    // What a power cut now would leave, and not what the caches know.
+    let left = SimDisk::with_contents(&disk.contents());
+    session.close(backend);
+    let backend = session
+        .open(sim::image(&left), &DenyAll)
+        .map_err(|e| e.to_string())?;
+    let mut data = vec![0; 3 * CLUSTER];
+    session
+        .home
+        .run(|co| backend.pread(co, 0, &mut data[..]))
+        .map_err(|e| e.to_string())?;
+    session.close(backend);
+    session.end();
+    match data
+        .iter()
+        .zip(0..)
+        .find(|(byte, at)| usize::from(**byte) != 1 + at / CLUSTER)
+    {
+        None => Ok(()),
+        Some((byte, at)) => Err(format!("byte {at:#x} was flushed, and is {byte}")),
     }
 }
 

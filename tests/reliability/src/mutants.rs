@@ -213,6 +213,13 @@ pub fn child(name: &str) -> Result<(), String> {
     if !name.is_empty() {
         choose(name)?;
     }
+    // A panic is a find, and its stacks are not unwound: what a mistake has left may hang there.
+    std::panic::set_hook(Box::new(|panic| {
+        let message = panic.payload_as_str().unwrap_or_default();
+        let place = panic.location().map(ToString::to_string);
+        eprintln!("{message} ({})", place.unwrap_or_default());
+        std::process::exit(1);
+    }));
     for (hunter, states, run) in hunters::ALL {
         for state in 0..*states {
             // Before it runs: it may not come back.
