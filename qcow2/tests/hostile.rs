@@ -6,6 +6,7 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use coblock_aio::{ContextOptions, EngineKind, Home};
@@ -149,6 +150,27 @@ fn judge(name: &str, what: &str, got: Result<()>, want: Want) {
         (Err(error), Bad(part)) if error.to_string().contains(part) => {}
         (got, want) => panic!("{name}: {what} gave {got:?} instead of {want:?}"),
     }
+}
+
+/// The table of weaknesses in `docs/fidelity/qcow2.md` names each one of the corpus, and each that
+/// it leaves to the corpus is there. (That the tests it names exist is looked at with the rules.)
+#[test]
+fn the_table_of_weaknesses_is_whole() {
+    let page = include_str!("../../docs/fidelity/qcow2.md");
+    let (_, table) = page.split_once("## Public weaknesses").unwrap();
+    let rows = table.lines().filter(|line| line.starts_with("| CVE-"));
+    let of_corpus: BTreeSet<&str> = rows
+        .filter(|row| row.contains("`hostile_images`"))
+        .map(|row| row[2..].split(' ').next().unwrap())
+        .collect();
+    let names = cases()
+        .into_iter()
+        .filter_map(|case| case.name.split_once(':'));
+    let generated: BTreeSet<&str> = names
+        .map(|(name, _)| name)
+        .filter(|name| name.starts_with("CVE-"))
+        .collect();
+    assert_eq!(of_corpus, generated);
 }
 
 #[test]

@@ -44,6 +44,19 @@ pub fn add_extension(image: &mut [u8], kind: u32, data: &[u8]) {
     image[120..120 + data.len()].copy_from_slice(data);
 }
 
+/// The header of version 1: a disk of `size` bytes, 4 KiB clusters, L2 tables of `2^l2_bits` entries.
+fn version_1(size: u64, l2_bits: u8) -> Arc<SimDisk> {
+    let mut image = vec![0; 0x3000];
+    put32(&mut image, 0, 0x5146_49fb);
+    put32(&mut image, 4, 1);
+    put64(&mut image, 24, size);
+    image[32] = 12;
+    image[33] = l2_bits;
+    put64(&mut image, 40, 0x1000);
+    put64(&mut image, 0x1000, 0x2000);
+    SimDisk::with_contents(&image)
+}
+
 /// A sparse file of 512-byte clusters and 512 GiB, its tables full of offsets far apart.
 fn far_apart() -> Arc<SimDisk> {
     let mut image = empty_image(9);
@@ -340,6 +353,22 @@ pub fn cases() -> Vec<Case> {
             Good,
             Good,
             Good,
+        ),
+        // CVE-2014-0222, CVE-2014-0223: the same in version 1, which nobody reads here.
+        all(
+            "CVE-2014-0222: version 1, L2 tables of 2^63 entries",
+            || version_1(1 << 20, 63),
+            Bad("unsupported qcow2 version 1"),
+        ),
+        all(
+            "CVE-2014-0222: version 1, L2 tables of one entry",
+            || version_1(1 << 20, 0),
+            Bad("unsupported qcow2 version 1"),
+        ),
+        all(
+            "CVE-2014-0223: version 1, virtual size 2^64 - 1",
+            || version_1(u64::MAX, 9),
+            Bad("unsupported qcow2 version 1"),
         ),
         // CVE-2024-4467, CVE-2024-32498, CVE-2015-5163: names of host files.
         case(
