@@ -23,6 +23,7 @@
 
 pub(crate) mod control;
 mod debugger;
+mod fibre;
 mod newest;
 pub(crate) mod overflow;
 

@@ -28,7 +28,7 @@ Usage: cargo xtask TASK
   mutants [WORDS]  every mistake that the product can be told to make must be caught; WORDS: part of its name
   counts [OPTIONS] instructions per operation against docs/counts.json; --help lists the options
   coverage [--uncovered]  which lines of qcow2/src tests run; below 95 % is a failure
-  sanitize [asan|valgrind] [--short]  tests under AddressSanitizer and valgrind
+  sanitize [asan|tsan|valgrind] [--short]  tests under AddressSanitizer, ThreadSanitizer and valgrind
 ";
 
 /// What a task returns: an error is printed as it is, and the exit status is 1.

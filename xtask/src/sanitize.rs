@@ -1,8 +1,9 @@
-//! `cargo xtask sanitize`: tests under AddressSanitizer and valgrind.
+//! `cargo xtask sanitize`: tests under AddressSanitizer, ThreadSanitizer and valgrind.
 //!
 //! Each must know every stack and every switch, or it reports what is none and misses what is; the
-//! feature `sanitizer` of the coroutine library tells the first. A tool that is missing is
-//! `SKIPPED`, aloud, and so is each program that it cannot run (`docs/testing.md` says why).
+//! feature `sanitizer` of the coroutine library tells the first, the configuration
+//! `thread_sanitizer` the second. A tool that is missing is `SKIPPED`, aloud, and so is each test
+//! that it cannot run.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,36 +15,132 @@ use crate::Outcome;
 use crate::child::asked;
 
 const USAGE: &str = "\
-Usage: cargo xtask sanitize [asan|valgrind] [--short] [PROGRAM...]
+Usage: cargo xtask sanitize [asan|tsan|valgrind] [--short] [PROGRAM...]
 
   asan      every test of the workspace under AddressSanitizer
+  tsan      tests of coroutines, event loop and block layer, and four threads on one image, under
+            ThreadSanitizer
   valgrind  tests of the coroutine library under valgrind's memcheck
-            (neither of them: both)
-  --short   only a few test programs of the coroutine library, for CI
+            (none of them: all three)
+  --short   only a few test programs of the lower libraries, for CI
   PROGRAM   only test programs of these names
 ";
 
 const COROUTINE: &str = "coblock-coroutine";
 
-/// A few programs that switch in every way; valgrind runs the first five, being fifty times slower.
-const FEW: &[&str] = &["nesting", "ownership", "continuations", "locks", "rwlock"];
+/// What valgrind runs, being fifty times slower: programs that switch in every way.
+const UNDER_VALGRIND: &[&str] = &["nesting", "ownership", "continuations", "locks", "rwlock"];
 
 /// So many of them in a short run.
-const SHORT: usize = 3;
+const UNDER_VALGRIND_SHORT: usize = 3;
 
-const ASAN: &str = "AddressSanitizer";
+/// A sanitizer of the compiler's.
+struct Tool {
+    name: &'static str,
+    /// As our command line calls it, and the end of its runtime's name.
+    asked_as: &'static str,
+    /// For the compiler: the sanitizer, and what else.
+    flags: &'static str,
+    /// For the compiler of the C code below us, which `cc` instruments for AddressSanitizer too.
+    c_flags: &'static str,
+    /// For cargo: features, and which packages' tests.
+    arguments: &'static [&'static str],
+    /// The same for a short run.
+    short: &'static [&'static str],
+    /// The standard library must be built with it too.
+    builds_std: bool,
+    /// Where its options are, and which; the place of its reports is added.
+    variable: &'static str,
+    options: &'static str,
+    /// Of these programs only the tests whose names contain this.
+    only: &'static [(&'static str, &'static str)],
+    skipped: &'static [Skipped],
+}
 
-/// A coroutine that rests is a root that the leak checker does not see; use after return would move
-/// the locals that tests look at to the heap.
-const ASAN_OPTIONS: &str = "detect_leaks=0:detect_stack_use_after_return=0";
+/// What a tool cannot run: a program or, where `test` is not empty, one of its tests.
+struct Skipped {
+    program: &'static str,
+    test: &'static str,
+    why: &'static str,
+}
 
-/// Programs with coroutines of loom's, of which nobody tells it.
-const ASAN_SKIPPED: &[&str] = &[
-    "loom_protocols",
-    "loom_graph_lock",
-    "loom_request_table",
-    "models",
-];
+const fn skipped(program: &'static str, test: &'static str, why: &'static str) -> Skipped {
+    Skipped { program, test, why }
+}
+
+const LOOM: &str = "its coroutines are loom's, of which nobody tells it";
+
+const ASAN: Tool = Tool {
+    name: "AddressSanitizer",
+    asked_as: "asan",
+    flags: "-Zsanitizer=address",
+    // `zstd-sys` builds with -fmerge-all-constants. With it GCC moves constant arrays of functions
+    // to static memory, and still marks them as out of scope when the function ends: the second
+    // caller is reported (`ZSTD_selectBtGetAllMatches`, in a program of C alone too).
+    c_flags: "-fno-sanitize-address-use-after-scope",
+    arguments: &[
+        "--features=coblock-coroutine/sanitizer",
+        "--workspace",
+        "--exclude=xtask",
+        "--lib",
+        "--bins",
+        "--tests",
+    ],
+    short: &[
+        "--features=coblock-coroutine/sanitizer",
+        "--package=coblock-coroutine",
+        "--package=coblock-aio",
+        "--test=nesting",
+        "--test=ownership",
+        "--test=continuations",
+        "--test=engines",
+    ],
+    builds_std: false,
+    variable: "ASAN_OPTIONS",
+    // A coroutine that rests is a root that the leak checker does not see; use after return would
+    // move the locals that tests look at to the heap.
+    options: "detect_leaks=0:detect_stack_use_after_return=0",
+    only: &[],
+    skipped: &[
+        skipped("loom_protocols", "", LOOM),
+        skipped("loom_graph_lock", "", LOOM),
+        skipped("loom_request_table", "", LOOM),
+        skipped("models", "", LOOM),
+    ],
+};
+
+const TSAN: Tool = Tool {
+    name: "ThreadSanitizer",
+    asked_as: "tsan",
+    flags: "-Zsanitizer=thread --cfg thread_sanitizer",
+    c_flags: "",
+    arguments: &[
+        "--package=coblock-coroutine",
+        "--package=coblock-aio",
+        "--package=coblock-block",
+        "--package=coblock",
+        "--lib",
+        "--tests",
+    ],
+    short: &[
+        "--package=coblock-coroutine",
+        "--package=coblock-aio",
+        "--test=moving",
+        "--test=locks",
+        "--test=contexts",
+        "--test=wait_while",
+    ],
+    builds_std: true,
+    variable: "TSAN_OPTIONS",
+    options: "second_deadlock_stack=1",
+    only: &[("suite", "threads_share_an_image")],
+    skipped: &[
+        skipped("loom_protocols", "", LOOM),
+        skipped("loom_graph_lock", "", LOOM),
+        skipped("loom_request_table", "", LOOM),
+        skipped("models", "", LOOM),
+    ],
+};
 
 /// What `args` ask for.
 #[derive(Default)]
@@ -59,10 +156,7 @@ impl Wanted<'_> {
     }
 
     fn wants(&self, program: &str) -> bool {
-        if self.programs.is_empty() {
-            return !self.short || FEW[..SHORT].contains(&program);
-        }
-        self.programs.contains(&program)
+        self.programs.is_empty() || self.programs.contains(&program)
     }
 }
 
@@ -72,7 +166,7 @@ pub fn run(args: &[String]) -> Outcome {
     for arg in args {
         match arg.as_str() {
             "--short" => wanted.short = true,
-            "asan" | "valgrind" if wanted.tool.is_none() => wanted.tool = Some(arg),
+            "asan" | "tsan" | "valgrind" if wanted.tool.is_none() => wanted.tool = Some(arg),
             "--help" | "-h" => {
                 print!("{USAGE}");
                 return Ok(());
@@ -83,8 +177,10 @@ pub fn run(args: &[String]) -> Outcome {
             program => wanted.programs.push(program),
         }
     }
-    if wanted.has("asan") {
-        asan(&wanted)?;
+    for tool in [&ASAN, &TSAN] {
+        if wanted.has(tool.asked_as) {
+            sanitizer(tool, &wanted)?;
+        }
     }
     if wanted.has("valgrind") {
         valgrind(&wanted)?;
@@ -92,79 +188,72 @@ pub fn run(args: &[String]) -> Outcome {
     Ok(())
 }
 
-/// Whether this compiler has the runtime of AddressSanitizer.
-fn has_asan() -> Result<bool, String> {
+/// Why this compiler cannot build for `tool`, if it cannot.
+fn missing(tool: &Tool, host: &str) -> Result<Option<String>, String> {
     let libraries = asked("rustc", &["--print", "target-libdir"])?;
-    Ok(Path::new(libraries.trim())
-        .read_dir()
-        .is_ok_and(|mut files| {
-            files.any(|file| {
-                file.is_ok_and(|file| file.file_name().to_string_lossy().contains("rt.asan"))
-            })
-        }))
+    let runtime = format!("rt.{}", tool.asked_as);
+    let mut files = Path::new(libraries.trim()).read_dir().into_iter().flatten();
+    let has_runtime = files
+        .any(|file| file.is_ok_and(|file| file.file_name().to_string_lossy().contains(&runtime)));
+    if !has_runtime {
+        return Ok(Some(format!(
+            "this compiler has no runtime for it ({host})"
+        )));
+    }
+    let root = asked("rustc", &["--print", "sysroot"])?;
+    let sources = Path::new(root.trim()).join("lib/rustlib/src/rust/library");
+    if tool.builds_std && !sources.exists() {
+        return Ok(Some(
+            "no rust-src; `rustup component add rust-src` brings it".into(),
+        ));
+    }
+    Ok(None)
 }
 
-/// Builds and runs test programs with AddressSanitizer. The option is one of nightly compilers; the
+/// Builds and runs test programs with a sanitizer. The option is one of nightly compilers; the
 /// bootstrap variable lets the pinned one take it.
-fn asan(wanted: &Wanted<'_>) -> Outcome {
+fn sanitizer(tool: &Tool, wanted: &Wanted<'_>) -> Outcome {
+    let name = tool.name;
     let version = asked("rustc", &["-vV"])?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
     let host = host.ok_or("rustc does not tell its host")?;
-    if !has_asan()? {
-        println!("SKIPPED: {ASAN}: this compiler has no runtime for it ({host})");
+    if let Some(why) = missing(tool, host)? {
+        println!("SKIPPED: {name}: {why}");
         return Ok(());
     }
     // Other flags mean other files: not beside those of other builds.
-    let target = crate::target_dir().join("sanitize");
+    let target = crate::target_dir().join(tool.asked_as);
     let reports = target.join("reports");
     if reports.exists() {
         std::fs::remove_dir_all(&reports).map_err(|e| format!("{}: {e}", reports.display()))?;
     }
     std::fs::create_dir_all(&reports).map_err(|e| format!("{}: {e}", reports.display()))?;
 
+    let began = Instant::now();
     let mut build = Command::new("cargo");
     build
         .current_dir(crate::workspace())
         .env("RUSTC_BOOTSTRAP", "1")
-        .env("RUSTFLAGS", "-Zsanitizer=address")
+        .env("RUSTFLAGS", tool.flags)
+        .env("CFLAGS", tool.c_flags)
         .env("CARGO_TARGET_DIR", &target)
         .args(["test", "--target", host])
-        .args(["--features", "coblock-coroutine/sanitizer"]);
-    if wanted.short {
-        build.args(["--package", COROUTINE]);
-        FEW[..SHORT]
-            .iter()
-            .for_each(|name| _ = build.args(["--test", name]));
-    } else {
-        build.args(["--workspace", "--exclude", "xtask"]);
-        build.args(["--lib", "--bins", "--tests"]);
-    }
-
-    let began = Instant::now();
+        .args(tool.builds_std.then_some("-Zbuild-std"))
+        .args(if wanted.short {
+            tool.short
+        } else {
+            tool.arguments
+        });
     let (mut ran, mut failed) = (0, Vec::new());
     for program in programs(&mut build)? {
-        let name = &program.name;
-        if !wanted.wants(name) {
+        if !wanted.wants(&program.name) {
             continue;
         }
-        if ASAN_SKIPPED.contains(&name.as_str()) {
-            println!("SKIPPED: {ASAN}: {name}");
+        let Some(mut command) = tool.command(&program, &reports) else {
             continue;
-        }
-        let log = reports.join(name);
-        let mut command = Command::new(&program.path);
-        command
-            .current_dir(&program.folder)
-            .env(
-                "ASAN_OPTIONS",
-                format!("{ASAN_OPTIONS}:log_path={}", log.display()),
-            )
-            .env("COBLOCK_TEST_INSTRUMENTED", "1")
-            // Frames are several times larger with marks around every local.
-            .env("RUST_MIN_STACK", "33554432")
-            .arg("--quiet");
+        };
         ran += 1;
-        if let Err(why) = timed(&format!("{ASAN}: {name}"), &mut command) {
+        if let Err(why) = timed(&format!("{name}: {}", program.name), &mut command) {
             println!("{why}");
             failed.push(program.name);
         }
@@ -174,21 +263,55 @@ fn asan(wanted: &Wanted<'_>) -> Outcome {
         .read_dir()
         .map_err(|e| format!("{}: {e}", reports.display()))?;
     let told: Vec<PathBuf> = told.flatten().map(|file| file.path()).collect();
+    let mut met = 0;
     for path in &told {
         let text = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
-        let summary = text.lines().find(|line| line.starts_with("SUMMARY"));
-        println!("{}: {}", path.display(), summary.unwrap_or("a report"));
+        let mut summaries = text.lines().filter(|line| line.starts_with("SUMMARY"));
+        met += summaries.clone().count().max(1);
+        let first = summaries.next().unwrap_or("a report");
+        println!("{}: {first}", path.display());
     }
     println!(
-        "{ASAN}: {ran} test programs, {} failed, {} reports, {:.0} s",
+        "{name}: {ran} test programs, {} failed, {met} reports, {:.0} s",
         failed.len(),
-        told.len(),
         began.elapsed().as_secs_f64()
     );
     match (ran, failed.is_empty() && told.is_empty()) {
         (0, _) => Err("no such test program".into()),
         (_, true) => Ok(()),
-        (_, false) => Err(format!("{ASAN}: {}", failed.join(" "))),
+        (_, false) => Err(format!("{name}: {}", failed.join(" "))),
+    }
+}
+
+impl Tool {
+    /// How to run `program`, its reports going to the folder `reports`; nothing if the tool cannot.
+    fn command(&self, program: &Program, reports: &Path) -> Option<Command> {
+        let log = reports.join(&program.name);
+        let mut command = Command::new(&program.path);
+        command
+            .current_dir(&program.folder)
+            .env(
+                self.variable,
+                format!("{}:log_path={}", self.options, log.display()),
+            )
+            .env("COBLOCK_TEST_INSTRUMENTED", "1")
+            // Frames are several times larger with marks around every local.
+            .env("RUST_MIN_STACK", "33554432")
+            .arg("--quiet");
+        for Skipped { test, why, .. } in self
+            .skipped
+            .iter()
+            .filter(|skipped| skipped.program == program.name)
+        {
+            println!("SKIPPED: {}: {} {test}: {why}", self.name, program.name);
+            if test.is_empty() {
+                return None;
+            }
+            command.args(["--skip", test]);
+        }
+        let only = self.only.iter().filter(|(its, _)| *its == program.name);
+        command.args(only.map(|(_, test)| test));
+        Some(command)
     }
 }
 
@@ -202,7 +325,13 @@ fn valgrind(wanted: &Wanted<'_>) -> Outcome {
     build
         .current_dir(crate::workspace())
         .args(["test", "--package", COROUTINE]);
-    FEW.iter().for_each(|name| _ = build.args(["--test", name]));
+    let few = match wanted.short {
+        true => &UNDER_VALGRIND[..UNDER_VALGRIND_SHORT],
+        false => UNDER_VALGRIND,
+    };
+    for name in few {
+        build.args(["--test", name]);
+    }
     for program in programs(&mut build)? {
         if !wanted.wants(&program.name) {
             continue;

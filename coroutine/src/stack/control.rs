@@ -40,6 +40,7 @@ use corosensei::Yielder;
 use corosensei::stack::valgrind::ValgrindStackRegistration;
 use corosensei::stack::{Stack, StackPointer};
 
+use super::fibre::Fibre;
 use crate::protocol::mark::WakeMark;
 use crate::release::Hook;
 use crate::schedule::Schedule;
@@ -139,6 +140,8 @@ pub(crate) struct Control {
     low: *mut u8,
     /// The home that a life of this number has moved to. Any thread.
     pub(crate) forward: Mutex<Option<(u64, Arc<dyn Schedule>)>>,
+    /// What ThreadSanitizer is told; in other builds it has no size.
+    fibre: Fibre,
 }
 
 // SAFETY: the cells are touched only by the thread that owns this life (see the head of this file),
@@ -253,6 +256,7 @@ impl Control {
             marked_by: AtomicPtr::new(ptr::null_mut()),
             low: fresh.low,
             forward: Mutex::new(None),
+            fibre: Fibre::new(),
         };
         // SAFETY: `at` lies inside a slot that belongs to the caller alone, with room for a
         // `Control` up to the slot's end (`control_address`), aligned (asserted), and mapped
@@ -302,10 +306,11 @@ impl Control {
             let control = unsafe { &*ptr::with_exposed_provenance::<Control>(at) };
             entry(control);
             control.phase.set(Phase::Finished);
-            if control.suspended.get() {
+            if control.suspended.get() || Fibre::TOLD {
                 // The last switch of this life. It leaves the stack as it is, and nobody comes
                 // back: after a suspend, each return through the frames below is mispredicted;
                 // without one, they are predicted, and this switch were not.
+                control.fibre.leave();
                 yielder.suspend(());
             }
         };
@@ -460,7 +465,9 @@ impl Control {
         let raw = unsafe { &mut *raw.cast::<Raw>() };
         // SAFETY: it is done only after its life: each one begins with a new `Raw` (`prepare`).
         unsafe { std::hint::assert_unchecked(!raw.done()) };
+        self.fibre.enter();
         raw.resume(());
+        self.fibre.left(self.phase.get() == Phase::Finished);
     }
 
     /// Switches from this stack to whoever switched to it last.
@@ -474,6 +481,7 @@ impl Control {
         // `map_arena`.
         let yielder =
             unsafe { &*ptr::with_exposed_provenance::<Yielder<(), ()>>(self.parent_link()) };
+        self.fibre.leave();
         yielder.suspend(());
     }
 
