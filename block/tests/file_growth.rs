@@ -2,7 +2,7 @@
 
 mod support;
 
-use coblock_aio::{EngineKind, IoVec, IoVecMut, Medium};
+use coblock_aio::{EngineKind, Medium};
 use coblock_block::{
     BlockBackend, Child, ChildRole, Driver, GraphRead, Limits, OpenDriver, Opening, Options,
     RequestFlags, Result,
@@ -31,29 +31,7 @@ impl Driver for Growing {
     fn format(&self) -> &'static str {
         "growing"
     }
-    fn pread(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        offset: u64,
-        buf: IoVecMut<'_>,
-        flags: RequestFlags,
-    ) -> Result<()> {
-        self.0.pread(co, graph, offset, buf, flags)
-    }
-    fn pwrite(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        offset: u64,
-        buf: IoVec<'_>,
-        flags: RequestFlags,
-    ) -> Result<()> {
-        self.0.pwrite(co, graph, offset, buf, flags)
-    }
-    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        self.0.flush(co, graph)
-    }
+    support::requests::passes_requests_on!(0);
     fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
         self.0.truncate(co, graph, len, exact)
     }

@@ -87,10 +87,7 @@ fn open(
 /// A driver that uses its child as the storage of a format, and nothing more: what counts here are
 /// its permissions.
 mod storage {
-    use coblock_aio::{IoVec, IoVecMut};
-    use coblock_block::{
-        ChildRole, Driver, GraphRead, Limits, OpenDriver, Opening, RequestFlags, Result,
-    };
+    use coblock_block::{ChildRole, Driver, Limits, OpenDriver, Opening, Result};
     use coblock_coroutine::Co;
 
     pub struct Open;
@@ -107,29 +104,7 @@ mod storage {
         fn format(&self) -> &'static str {
             "storage"
         }
-        fn pread(
-            &self,
-            _: &Co,
-            _: &GraphRead<'_>,
-            _: u64,
-            _: IoVecMut<'_>,
-            _: RequestFlags,
-        ) -> Result<()> {
-            Ok(())
-        }
-        fn pwrite(
-            &self,
-            _: &Co,
-            _: &GraphRead<'_>,
-            _: u64,
-            _: IoVec<'_>,
-            _: RequestFlags,
-        ) -> Result<()> {
-            Ok(())
-        }
-        fn flush(&self, _: &Co, _: &GraphRead<'_>) -> Result<()> {
-            Ok(())
-        }
+        super::support::requests::takes_all_requests!();
         fn len(&self) -> u64 {
             0
         }

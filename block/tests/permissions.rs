@@ -2,11 +2,11 @@
 
 mod support;
 
-use coblock_aio::{EngineKind, IoVec, IoVecMut};
+use coblock_aio::EngineKind;
 use coblock_block::drivers::sim::SimDisk;
 use coblock_block::{
-    BlockBackend, Child, ChildRole, DenyAll, Driver, ErrorKind, GraphRead, Node, OpenDriver,
-    Opening, Options, Perm, Permissions, Reopen, RequestFlags, Result, close_unused, open_unused,
+    BlockBackend, Child, ChildRole, DenyAll, Driver, ErrorKind, Node, OpenDriver, Opening, Options,
+    Perm, Permissions, Reopen, Result, close_unused, open_unused,
 };
 use coblock_coroutine::Co;
 use std::sync::Arc;
@@ -31,31 +31,7 @@ impl Driver for Pair {
         "pair"
     }
 
-    fn pread(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        offset: u64,
-        buf: IoVecMut<'_>,
-        flags: RequestFlags,
-    ) -> Result<()> {
-        self.0.pread(co, graph, offset, buf, flags)
-    }
-
-    fn pwrite(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        offset: u64,
-        buf: IoVec<'_>,
-        flags: RequestFlags,
-    ) -> Result<()> {
-        self.0.pwrite(co, graph, offset, buf, flags)
-    }
-
-    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        self.0.flush(co, graph)
-    }
+    support::requests::passes_requests_on!(0);
 
     fn len(&self) -> u64 {
         64 << 10

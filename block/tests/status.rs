@@ -2,13 +2,13 @@
 
 mod support;
 
-use coblock_aio::{EngineKind, IoVec, IoVecMut};
+use coblock_aio::EngineKind;
 use coblock_block::drivers::sim::{Fault, Match, SimDisk};
 use coblock_block::throttle::{ThrottleConfig, ThrottleGroup};
 use coblock_block::types::{bytes, in_memory};
 use coblock_block::{
     BlockBackend, Child, ChildRole, Driver, DriverStatus, ErrorKind, GraphRead, Limits, Mixed,
-    OpenDriver, Opening, Options, Place, Precision, RequestFlags, Result, Status,
+    OpenDriver, Opening, Options, Place, Precision, Result, Status,
 };
 use coblock_coroutine::Co;
 use std::os::unix::fs::FileExt;
@@ -64,31 +64,7 @@ impl Driver for Layer {
         "layer"
     }
 
-    fn pread(
-        &self,
-        _: &Co,
-        _: &GraphRead<'_>,
-        _: u64,
-        _: IoVecMut<'_>,
-        _: RequestFlags,
-    ) -> Result<()> {
-        Ok(())
-    }
-
-    fn pwrite(
-        &self,
-        _: &Co,
-        _: &GraphRead<'_>,
-        _: u64,
-        _: IoVec<'_>,
-        _: RequestFlags,
-    ) -> Result<()> {
-        Ok(())
-    }
-
-    fn flush(&self, _: &Co, _: &GraphRead<'_>) -> Result<()> {
-        Ok(())
-    }
+    support::requests::takes_all_requests!();
 
     fn block_status<'g>(
         &'g self,

@@ -3,6 +3,7 @@
 mod support;
 
 use std::path::Path;
+use std::process::Output;
 use std::sync::Arc;
 
 use coblock_block::Options;
@@ -107,6 +108,13 @@ fn matrix() -> Vec<CreateOptions> {
     all
 }
 
+/// What `qemu-img create` says to the same options; `None` where it is missing.
+fn reference(path: &Path, spelled: &str, options: &CreateOptions) -> Option<Output> {
+    let size = options.virtual_size.to_string();
+    let args = ["create", "-q", "-u", "-f", "qcow2", "-o", spelled];
+    qemu_img(&[&args[..], &[text(path), &size]].concat())
+}
+
 /// Every byte, and the length of the file, as `qemu-img create` writes them.
 #[test]
 fn bytes_of_the_reference() {
@@ -114,20 +122,8 @@ fn bytes_of_the_reference() {
     let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
     for options in matrix() {
         let spelled = spelled(&options);
-        let size = options.virtual_size.to_string();
         make(&ours, &options).unwrap();
-        let args = [
-            "create",
-            "-q",
-            "-u",
-            "-f",
-            "qcow2",
-            "-o",
-            &spelled,
-            text(&theirs),
-            &size,
-        ];
-        let Some(output) = qemu_img(&args) else {
+        let Some(output) = reference(&theirs, &spelled, &options) else {
             return;
         };
         assert!(output.status.success(), "{spelled}: {}", said(&output));
@@ -138,7 +134,8 @@ fn bytes_of_the_reference() {
         let differs = a.iter().zip(&b).position(|(a, b)| a != b);
         assert!(
             a == b,
-            "{spelled} {size}: {} and {} bytes, {differs:x?}",
+            "{spelled} {}: {} and {} bytes, {differs:x?}",
+            options.virtual_size,
             a.len(),
             b.len()
         );
@@ -206,19 +203,8 @@ fn clean_for_the_reference() {
             return;
         };
         assert!(output.status.success(), "{spelled}: {}", said(&output));
-        let size = options.virtual_size.to_string();
-        let args = [
-            "create",
-            "-q",
-            "-u",
-            "-f",
-            "qcow2",
-            "-o",
-            &spelled,
-            text(&theirs),
-            &size,
-        ];
-        assert!(qemu_img(&args).unwrap().status.success(), "{spelled}");
+        let output = reference(&theirs, &spelled, &options).unwrap();
+        assert!(output.status.success(), "{spelled}");
         let info = |path: &Path| {
             let output = qemu_img(&["info", "-f", "qcow2", text(path)]).unwrap();
             let text = String::from_utf8(output.stdout).unwrap();
@@ -424,19 +410,7 @@ fn refusals() {
         let file = std::fs::read(&ours).unwrap();
         start[..4.min(file.len())].copy_from_slice(&file[..4.min(file.len())]);
         assert_ne!(start, b"QFI\xfb", "{spelled}: an image all the same");
-        let size = options.virtual_size.to_string();
-        let args = [
-            "create",
-            "-q",
-            "-u",
-            "-f",
-            "qcow2",
-            "-o",
-            &spelled,
-            text(&theirs),
-            &size,
-        ];
-        let Some(output) = qemu_img(&args) else {
+        let Some(output) = reference(&theirs, &spelled, &options) else {
             continue;
         };
         assert!(

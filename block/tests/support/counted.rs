@@ -1,9 +1,8 @@
 //! A filter that counts the sections that its node is in, and notes where it is called.
 
-use coblock_aio::{AioContext, IoVec, IoVecMut};
+use coblock_aio::AioContext;
 use coblock_block::{
-    Child, ChildRole, Driver, Error, ErrorKind, GraphRead, Limits, OpenDriver, Opening,
-    RequestFlags, Result,
+    Child, ChildRole, Driver, Error, ErrorKind, Limits, OpenDriver, Opening, Result,
 };
 use coblock_coroutine::{Co, ThreadLock};
 use std::sync::Arc;
@@ -78,31 +77,7 @@ impl Driver for Counted {
         "counted"
     }
 
-    fn pread(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        offset: u64,
-        buf: IoVecMut<'_>,
-        flags: RequestFlags,
-    ) -> Result<()> {
-        self.file.pread(co, graph, offset, buf, flags)
-    }
-
-    fn pwrite(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        offset: u64,
-        buf: IoVec<'_>,
-        flags: RequestFlags,
-    ) -> Result<()> {
-        self.file.pwrite(co, graph, offset, buf, flags)
-    }
-
-    fn flush(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        self.file.flush(co, graph)
-    }
+    super::requests::passes_requests_on!(file);
 
     fn len(&self) -> u64 {
         self.len

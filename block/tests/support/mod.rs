@@ -6,6 +6,7 @@ pub mod change;
 pub mod contexts;
 pub mod counted;
 pub mod net;
+pub mod requests;
 
 use coblock_aio::{AioContext, Clock, ContextOptions, EngineKind, Home, Park, VirtualClock};
 use coblock_block::drivers::sim::SimDisk;
