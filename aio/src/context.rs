@@ -31,6 +31,7 @@ use std::os::fd::RawFd;
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread::ThreadId;
 
 /// How a context does I/O on files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -179,6 +180,8 @@ pub struct AioContext {
     id: u64,
     clock: Clock,
     engine_name: &'static str,
+    /// Where its home is: homes stay on their threads.
+    home_thread: ThreadId,
     /// Work from other threads.
     pub(crate) remote: SegQueue<Work>,
     pub(crate) notify: Notify,
@@ -216,6 +219,7 @@ impl AioContext {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             clock: options.clock.clone(),
             engine_name,
+            home_thread: std::thread::current().id(),
             remote: SegQueue::new(),
             notify: Notify::new(),
             notifier,
@@ -415,6 +419,18 @@ impl AioContext {
     pub(crate) fn kick(&self) {
         if !self.is_current() {
             self.notify();
+        }
+    }
+
+    /// The same for what the loop looks at before each wait. On the home's own thread it does not
+    /// wait now either, unless that thread is inside of another home's pass, or a loop of somebody
+    /// else has been told how long it may wait.
+    pub(crate) fn kick_if_waiting(&self) {
+        let is_between_passes = current::current_id().is_none()
+            && self.home_thread == std::thread::current().id()
+            && !self.notify.is_announced();
+        if !is_between_passes {
+            self.kick();
         }
     }
 

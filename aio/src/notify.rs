@@ -60,6 +60,11 @@ impl Notify {
         !self.notified.load(Ordering::Relaxed)
     }
 
+    /// Has the loop said that it will sleep? Exact on its own thread.
+    pub fn is_announced(&self) -> bool {
+        self.sleeping.load(Ordering::Relaxed)
+    }
+
     /// Loop, after a sleep or instead of it: awake again, and what was notified until now is
     /// accepted. The caller looks at the published work afterwards. True: there was a notification.
     pub fn accept(&self) -> bool {

@@ -277,7 +277,7 @@ impl Timer {
     /// arming.
     pub fn arm_at(&self, at_ns: u64) {
         if self.list.arm(&self.inner, at_ns) {
-            self.context.kick();
+            self.context.kick_if_waiting();
         }
     }
 
@@ -313,5 +313,49 @@ impl fmt::Debug for Timer {
             self.inner.name,
             self.deadline_ns()
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{ContextOptions, EngineKind, Home};
+    use std::time::Duration;
+
+    /// Rule 3.7: only a timer that is armed elsewhere wakes the loop. One that the home's thread arms
+    /// between two polls once made the next blocking one return at once.
+    #[test]
+    fn armed_by_the_thread_of_the_home_between_polls() {
+        let options = |name: &str| ContextOptions {
+            engine: EngineKind::None,
+            ..ContextOptions::named(name)
+        };
+        let (home, another) = (Home::new(options("a")), Home::new(options("b")));
+        let (home, another) = (home.expect("a context"), another.expect("a context"));
+        let context = home.context();
+        let timer = context.timer("test", || {});
+        let may_sleep = || {
+            let may = context.notify.announce();
+            context.notify.accept();
+            may
+        };
+        timer.arm_in(Duration::from_secs(3600));
+        assert!(may_sleep(), "between polls");
+        home.with(|| timer.arm_in(Duration::from_secs(3000)));
+        assert!(may_sleep(), "at home");
+        another.with(|| timer.arm_in(Duration::from_secs(2000)));
+        assert!(!may_sleep(), "in a pass of another home of the thread");
+        assert_ne!(home.timeout_ns(), Some(0));
+        timer.arm_in(Duration::from_secs(1500));
+        assert!(
+            !may_sleep(),
+            "a loop of somebody else was told a longer time"
+        );
+        std::thread::scope(|scope| {
+            scope.spawn(|| timer.arm_in(Duration::from_secs(1000)));
+        });
+        assert!(!may_sleep(), "on another thread");
+        drop(timer);
+        another.close();
+        home.close();
     }
 }

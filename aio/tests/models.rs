@@ -26,6 +26,7 @@ mod sync {
 #[allow(dead_code)] // A model uses a part.
 mod bh_state;
 #[path = "../src/notify.rs"]
+#[allow(dead_code)] // A model uses a part.
 mod notify;
 #[path = "../src/context_lock/turns.rs"]
 #[allow(dead_code)] // A model uses a part.

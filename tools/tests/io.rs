@@ -226,7 +226,8 @@ fn requests_beside_the_commands() {
         "-c 'aio_write -f 0 64k' -c aio_flush -c 'aio_write -P 3 0 64k 64k 3' -c aio_flush -c 'aio_write -q 0 1' base",
         "-c 'aio_write -C 0 1k' -c aio_flush -c 'aio_write -z 0 3G' -c aio_flush -c 'aio_write -z 0 0' base",
         "-c 'aio_read 0 0' -c aio_flush -c 'aio_read 0 1k 1k' base",
-        "-c 'aio_write 0 64k' -c 'sleep 500' -c 'read -P 0xcd 0 64k' -t unsafe raw",
+        // Over at once, so that its callback comes in the sleep however long that is.
+        "-c 'aio_write 0 64k' -c 'sleep 1' -c 'read 0 64k' --image-opts driver=null-co,size=1G",
     ]);
 }
 

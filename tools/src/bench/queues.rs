@@ -98,8 +98,7 @@ pub fn run(
             .collect();
         let tick = main_context.timer("bench: progress", || {});
         while running.load(Ordering::Acquire) > 0 {
-            // Driven from here, so that it does not wake itself.
-            main.with(|| tick.arm_in(TICK));
+            tick.arm_in(TICK);
             main.poll(true);
             let so_far = done.iter().map(|done| done.0.load(Ordering::Relaxed));
             progress(began.elapsed(), so_far.sum());
