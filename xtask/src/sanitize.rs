@@ -102,6 +102,11 @@ const ASAN: Tool = Tool {
     options: "detect_leaks=0:detect_stack_use_after_return=0",
     only: &[],
     skipped: &[
+        skipped(
+            "debugger",
+            "",
+            "gdb does not find its globals, and it leaves no core",
+        ),
         skipped("loom_protocols", "", LOOM),
         skipped("loom_graph_lock", "", LOOM),
         skipped("loom_request_table", "", LOOM),
