@@ -23,6 +23,9 @@ pub struct Child {
     /// The node below is drained, and this edge quiesced the parent, or will once it has one (rule
     /// 5.4). Under the graph's lock of sections.
     quiesced: AtomicBool,
+    /// The node below was opened together with the parent, and has its options where it was not told
+    /// otherwise.
+    own: bool,
 }
 
 impl Child {
@@ -32,6 +35,7 @@ impl Child {
         role: ChildRole,
         node: Arc<Node>,
         permissions: Permissions,
+        own: bool,
     ) -> Result<Arc<Child>> {
         let child = Arc::new(Child {
             name: name.to_owned(),
@@ -40,10 +44,60 @@ impl Child {
             parent: OnceLock::new(),
             detached: AtomicBool::new(false),
             quiesced: AtomicBool::new(false),
+            own,
         });
         let parent: Arc<dyn Parent> = child.clone();
         node.add_user(&parent)?;
         Ok(child)
+    }
+
+    /// An edge that a transaction may give to `parent`; it is no user of `node` before
+    /// [`Child::enter`].
+    pub(crate) fn unentered(
+        graph: &Graph,
+        name: &str,
+        role: ChildRole,
+        parent: &Arc<Node>,
+        node: Arc<Node>,
+    ) -> Arc<Child> {
+        Arc::new(Child {
+            name: name.to_owned(),
+            role,
+            end: End::new(graph, node, Permissions::NONE),
+            parent: OnceLock::from(Arc::downgrade(parent)),
+            detached: AtomicBool::new(true),
+            quiesced: AtomicBool::new(false),
+            own: false,
+        })
+    }
+
+    /// It is a user of the node below now, which quiesces the parent if it is drained (rule 5.4).
+    pub(crate) fn enter(self: &Arc<Child>, section: &mut Section<'_>) {
+        let was = self.detached.swap(false, Ordering::AcqRel);
+        assert!(was, "edge '{}' is entered twice", self.name);
+        let (below, user): (_, Arc<dyn Parent>) = (self.end.now(), self.clone());
+        below.enter(&user);
+        if below.is_drained() {
+            self.drained_begin(section);
+        }
+        section.nodes.push(below);
+    }
+
+    /// It is no user any more; the node below lets the parent go on.
+    pub(crate) fn leave(&self, section: &mut Section<'_>) {
+        let was = self.detached.swap(true, Ordering::AcqRel);
+        assert!(!was, "edge '{}' leaves twice", self.name);
+        let below = self.end.now();
+        below.leave(self);
+        if self.is_quiesced() {
+            self.drained_end(section);
+        }
+        section.nodes.push(below);
+    }
+
+    /// Was the node below opened together with the parent?
+    pub(crate) fn is_own(&self) -> bool {
+        self.own
     }
 
     pub(crate) fn set_parent(&self, parent: &Arc<Node>) {
@@ -122,7 +176,7 @@ impl Child {
     /// What the node below does in one request; larger and unaligned ones are taken apart on the
     /// way.
     pub fn limits<'g>(&'g self, graph: &'g GraphRead<'_>) -> &'g Limits {
-        self.node(graph).limits()
+        &self.node(graph).serving(graph).limits
     }
 
     /// Is the node below read-only?
@@ -132,7 +186,7 @@ impl Child {
 
     /// Do writes past the end make the node below longer?
     pub fn is_growable(&self, graph: &GraphRead<'_>) -> bool {
-        self.node(graph).growable
+        self.node(graph).serving(graph).growable
     }
 
     /// File of the host below this edge, through filters and formats.

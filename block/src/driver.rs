@@ -10,6 +10,7 @@ use crate::event::Event;
 use crate::graph::{GraphRead, GraphWrite};
 use crate::io::{Copied, CopySource, CopyTarget};
 use crate::open::Opening;
+use crate::options::Options;
 use crate::types::{ChildRole, FileId, Limits, Permissions, Preallocation, RequestFlags};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
@@ -288,22 +289,32 @@ pub trait Driver: Send + Sync + 'static {
     /// It did not.
     fn permissions_abort(&self) {}
 
-    /// The node is about to become read-only, or writable: gets ready, with the node drained and
-    /// flushed, so that nothing can go wrong any more. Suspends. Either [`Driver::reopen_commit`]
-    /// follows or [`Driver::reopen_abort`].
+    /// The node is about to get other options: gets ready, with the node drained and flushed, so
+    /// that nothing can go wrong any more; takes from [`Changes::options`] what it can change.
+    /// Suspends. A driver whose state depends on them makes its successor, which has them: that one
+    /// gets the calls that follow, either [`Driver::reopen_commit`] and [`Driver::reopen_clean`], or
+    /// [`Driver::reopen_abort`].
+    ///
+    /// Its children may get other options in the same step, and have not yet: one that becomes
+    /// writable cannot be written before `reopen_clean`.
     ///
     /// # Errors
-    /// `NotSupported` of a driver whose state depends on it; what keeps it from doing so. Neither
-    /// of the two follows then.
-    fn reopen_prepare(&self, co: &Co, graph: &GraphRead<'_>, read_only: bool) -> Result<()> {
-        let _ = (co, graph, read_only);
-        match self.filtered() {
-            Some(_) => Ok(()),
-            None => Err(self.not_supported("changing the option 'read-only' of an open node")),
+    /// `NotSupported` of a driver that has only what it was opened with; what keeps it from
+    /// changing. Nothing has changed then, and none of the calls follows.
+    fn reopen_prepare(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        to: &mut Changes<'_>,
+    ) -> Result<Option<Box<dyn Driver>>> {
+        let _ = (co, graph);
+        if self.filtered().is_none() && to.read_only != to.was_read_only {
+            return Err(self.not_supported("changing the option 'read-only' of an open node"));
         }
+        Ok(None)
     }
 
-    /// It became so. Under the write lock.
+    /// It got them. Under the write lock.
     fn reopen_commit(&self, graph: &mut GraphWrite<'_>) {
         let _ = graph;
     }
@@ -311,6 +322,23 @@ pub trait Driver: Send + Sync + 'static {
     /// It did not. Suspends.
     fn reopen_abort(&self, co: &Co) {
         let _ = co;
+    }
+
+    /// After the commit, with the node still drained: does what needed the children's new options.
+    /// Suspends. Nothing can be refused any more.
+    fn reopen_clean(&self, co: &Co, graph: &GraphRead<'_>) {
+        let _ = (co, graph);
+    }
+
+    /// Its successor has taken over, and nothing comes any more: gives back what it has of its own.
+    /// Suspends.
+    fn replaced(&self, co: &Co) {
+        let _ = co;
+    }
+
+    /// Can the node get another backing file, or none?
+    fn supports_backing(&self) -> bool {
+        false
     }
 
     /// Makes the node `len` bytes long like [`Driver::truncate`], and takes the space for what is
@@ -415,6 +443,30 @@ pub(crate) fn shrinks_preallocated() -> Error {
         ErrorKind::Invalid,
         "Cannot use preallocation for shrinking files",
     )
+}
+
+/// What becomes of an open node: see [`Driver::reopen_prepare`].
+#[derive(Debug)]
+pub struct Changes<'a> {
+    /// Are writes refused until then?
+    pub was_read_only: bool,
+    /// Will they be?
+    pub read_only: bool,
+    /// Does it go around the host's page cache until then?
+    pub was_direct: bool,
+    /// Will it?
+    pub direct: bool,
+    /// All options of the driver, as they will be.
+    pub options: Options,
+    /// All edges to its children, as they will be; of those that come nothing may be asked yet.
+    pub edges: &'a [Arc<Child>],
+}
+
+impl Changes<'_> {
+    /// The child in that role.
+    pub fn child(&self, role: ChildRole) -> Option<&Arc<Child>> {
+        self.edges.iter().find(|edge| edge.role() == role)
+    }
 }
 
 /// How much a question about block status may cost.

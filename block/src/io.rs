@@ -20,9 +20,10 @@ pub use copy_range::{Copied, CopySource, CopyTarget};
 pub use status::Status;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::GraphRead;
 use crate::node::Node;
 use crate::request_table::Tracked;
-use crate::types::{MAX_LENGTH, MAX_REQUEST, RequestFlags, in_memory};
+use crate::types::{Limits, MAX_LENGTH, MAX_REQUEST, RequestFlags, in_memory};
 use coblock_aio::AlignedBuf;
 use coblock_coroutine::Co;
 use std::sync::atomic::Ordering;
@@ -43,10 +44,10 @@ const SMALL_BOUNCE: u64 = 64 << 10;
 impl Node {
     /// Is `len` at `offset` something that the driver takes as it is, memory aside?
     #[inline]
-    fn takes_range(&self, offset: u64, len: u64) -> bool {
+    fn takes_range(limits: &Limits, offset: u64, len: u64) -> bool {
         // Zero is no request, and wraps to far above any limit.
-        (offset | len) & (self.limits.request_alignment - 1) == 0
-            && len.wrapping_sub(1) < self.limits.max_transfer
+        (offset | len) & (limits.request_alignment - 1) == 0
+            && len.wrapping_sub(1) < limits.max_transfer
     }
 
     /// Is `len` at `offset` inside the node?
@@ -92,11 +93,11 @@ impl Node {
     }
 
     /// Where a write of `len` at `offset` ends, if this node may be written there.
-    fn writable_end(&self, offset: u64, end: u64) -> Result<()> {
+    fn writable_end(&self, graph: &GraphRead<'_>, offset: u64, end: u64) -> Result<()> {
         if self.is_read_only() {
             return Err(self.locate(Error::new(ErrorKind::ReadOnly, "The node is read-only")));
         }
-        if end > self.len() && !self.growable {
+        if end > self.len() && !self.serving(graph).growable {
             return Err(self.out_of_bounds(offset, end - offset));
         }
         Ok(())
@@ -131,8 +132,8 @@ impl Node {
     }
 
     /// Memory that the driver takes, zeroed.
-    fn bounce(&self, len: u64) -> Result<AlignedBuf> {
-        AlignedBuf::try_new(in_memory(len), self.limits.mem_alignment)
+    fn bounce(&self, graph: &GraphRead<'_>, len: u64) -> Result<AlignedBuf> {
+        AlignedBuf::try_new(in_memory(len), self.serving(graph).limits.mem_alignment)
             .map_err(|error| self.locate(Error::from_io("bounce buffer", error)))
     }
 
@@ -147,8 +148,8 @@ impl Node {
 
     /// After a write that ended at `end`; only padding ends past a node that cannot grow.
     #[inline]
-    fn grow_to(&self, end: u64) {
-        if self.growable && end > self.len.load(Ordering::Relaxed) {
+    fn grow_to(&self, graph: &GraphRead<'_>, end: u64) {
+        if end > self.len.load(Ordering::Relaxed) && self.serving(graph).growable {
             self.len.fetch_max(end, Ordering::AcqRel);
         }
     }

@@ -54,7 +54,7 @@ pub use backend::{BlockBackend, Device, Operation, REQUESTS};
 pub use callback::AioRequest;
 pub use child::Child;
 pub use drain::{BusyWith, Drain, DrainTimeout, Drained};
-pub use driver::{Driver, DriverRegistry, DriverStatus, OpenDriver, Place, Precision};
+pub use driver::{Changes, Driver, DriverRegistry, DriverStatus, OpenDriver, Place, Precision};
 pub use error::{Error, ErrorKind, Result, errno_text};
 pub use event::Event;
 pub use gate::{Beneath, DenyAll, Dependent, Explicit, LikeReference, OpenGate};

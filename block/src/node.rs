@@ -7,19 +7,24 @@
 //! backends. When the last one goes, [`close_unused`] closes it and then, one after the other and
 //! without recursion, what only it used.
 
+mod serving;
+
 use crate::backend::Device;
 use crate::child::Child;
 use crate::drain::{Busy, Collected, Parent, Section};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::{Graph, GraphAccess, GraphRead, Reopen, take_permissions};
+use crate::graph::{Graph, GraphRead, Reopen, take_permissions};
+use crate::options::Options;
 use crate::request_table::RequestTable;
 use crate::types::{ChildRole, FileId, Limits, MAX_LENGTH, Perm, Permissions};
 use coblock_aio::{AioContext, Resident};
 use coblock_coroutine::{Co, CoMutex, ThreadLock};
+use serving::Served;
+pub(crate) use serving::{Edges, Serving};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 
 /// One node of the graph.
 ///
@@ -32,18 +37,20 @@ use std::sync::{Arc, OnceLock, Weak};
 /// }
 /// ```
 pub struct Node {
-    pub(crate) driver: Box<dyn Driver>,
+    served: Served,
     pub(crate) requests: RequestTable,
-    pub(crate) limits: Limits,
     whole_limits: ThreadLock<Limits>,
     /// Length in bytes: the driver's, raised by writes past it.
     pub(crate) len: AtomicU64,
     read_only: AtomicBool,
-    pub(crate) growable: bool,
     /// Discards and `MAY_UNMAP` reach the driver.
     discard: AtomicBool,
     /// Flushes of this node's own storage are skipped: its owner said that it may be lost.
     no_flush: AtomicBool,
+    /// Around the host's page cache. For who reopens: the driver has its own.
+    direct: AtomicBool,
+    /// As they were given, without those of children.
+    options: ThreadLock<Options>,
     /// Something was written since the last flush began. Set after a write completed, cleared
     /// before a flush starts: so a write that completes during a flush is not taken for flushed.
     pub(crate) unflushed: AtomicBool,
@@ -52,10 +59,9 @@ pub struct Node {
     /// One flush at a time; the next one then often finds nothing to do.
     pub(crate) flushing: CoMutex<()>,
     name: String,
+    format: &'static str,
     filename: String,
     graph: Weak<Graph>,
-    /// Set when it is published. The edges stay; where they lead to changes.
-    children: OnceLock<Vec<Arc<Child>>>,
     users: AtomicUsize,
     /// Edges and backends above.
     parents: ThreadLock<Vec<Weak<dyn Parent>>>,
@@ -80,6 +86,8 @@ pub(crate) struct NodeParts {
     pub(crate) read_only: bool,
     pub(crate) discard: bool,
     pub(crate) no_flush: bool,
+    pub(crate) direct: bool,
+    pub(crate) options: Options,
     pub(crate) driver: Box<dyn Driver>,
     /// Limits of what lies below, and its role.
     pub(crate) below: Vec<(Limits, ChildRole)>,
@@ -97,14 +105,14 @@ impl Node {
             read_only,
             discard,
             no_flush,
+            direct,
+            options,
             driver,
             below,
             file_id,
             force_share,
             permissions,
         } = parts;
-        let limits = driver.limits();
-        limits.assert_sane(driver.format());
         let len = driver.len();
         if len > MAX_LENGTH {
             return Err(Error::new(
@@ -114,22 +122,25 @@ impl Node {
             .at_file(&filename));
         }
         let serial = graph.next_serial();
+        let format = driver.format();
+        let served = Served::new(graph, driver);
+        let whole_limits = served.limits().through_all(&below);
         let node = Arc::new(Node {
             requests: RequestTable::new(),
-            limits,
-            whole_limits: ThreadLock::new(limits.through_all(&below)),
+            served,
+            whole_limits: ThreadLock::new(whole_limits),
             len: AtomicU64::new(len),
             read_only: AtomicBool::new(read_only),
-            growable: driver.is_growable(),
             discard: AtomicBool::new(discard),
             no_flush: AtomicBool::new(no_flush),
+            direct: AtomicBool::new(direct),
+            options: ThreadLock::new(options),
             unflushed: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             flushing: CoMutex::new(()),
             name,
             filename,
             graph: Arc::downgrade(graph),
-            children: OnceLock::new(),
             users: AtomicUsize::new(0),
             parents: ThreadLock::new(Vec::new()),
             sections: AtomicU32::new(0),
@@ -139,20 +150,19 @@ impl Node {
             force_share,
             permissions: ThreadLock::new(permissions),
             home: ThreadLock::new((graph.main_context().clone(), None)),
-            driver,
+            format,
         });
         graph.count_node(serial, &node);
         Ok(node)
     }
 
     /// Gives the node its edges and makes it findable.
-    pub(crate) fn publish(self: &Arc<Node>, graph: &Arc<Graph>, children: Vec<Arc<Child>>) {
+    pub(crate) fn publish(self: &Arc<Node>, graph: &GraphRead<'_>, children: Vec<Arc<Child>>) {
         for child in &children {
             child.set_parent(self);
         }
-        let set = self.children.set(children);
-        assert!(set.is_ok(), "node '{}' is published twice", self.name);
-        graph.add_node(self);
+        self.set_edges(graph, children);
+        graph.graph().add_node(self);
     }
 
     /// One more user, which is quiesced if the node is drained (rule 5.4).
@@ -200,11 +210,6 @@ impl Node {
     pub(crate) fn users_now(&self) -> Vec<Arc<dyn Parent>> {
         let parents = self.parents.lock();
         parents.iter().filter_map(Weak::upgrade).collect()
-    }
-
-    /// The edges to its children; none until it is published.
-    pub(crate) fn edges(&self) -> &[Arc<Child>] {
-        self.children.get().map_or(&[], Vec::as_slice)
     }
 
     /// What all users together hold and share; of a node that never had one what it was opened for.
@@ -283,12 +288,7 @@ impl Node {
 
     /// Name of the driver.
     pub fn format(&self) -> &'static str {
-        self.driver.format()
-    }
-
-    /// The driver, for who knows its type ([`Driver::as_any`]).
-    pub fn driver(&self) -> &dyn Driver {
-        &*self.driver
+        self.format
     }
 
     /// Are writes refused?
@@ -307,11 +307,22 @@ impl Node {
         self.no_flush.load(Ordering::Relaxed)
     }
 
+    /// Does it go around the host's page cache?
+    pub fn is_direct(&self) -> bool {
+        self.direct.load(Ordering::Relaxed)
+    }
+
+    /// The options that it was given, without those of its children.
+    pub(crate) fn options(&self) -> Options {
+        self.options.lock().clone()
+    }
+
     /// Changes what `to` names; with the node drained.
-    pub(crate) fn set_switches(&self, to: Reopen) {
+    pub(crate) fn reopened(&self, to: &Reopen) {
         let switches = [
             (&self.read_only, to.read_only),
             (&self.discard, to.discard),
+            (&self.direct, to.direct),
             (&self.no_flush, to.no_flush),
         ];
         for (switch, to) in switches {
@@ -319,6 +330,7 @@ impl Node {
                 switch.store(to, Ordering::Relaxed);
             }
         }
+        self.options.lock().overlay(to.options.clone());
     }
 
     /// Length in bytes.
@@ -332,11 +344,6 @@ impl Node {
         self.len() == 0
     }
 
-    /// What the driver does in one request.
-    pub fn limits(&self) -> &Limits {
-        &self.limits
-    }
-
     /// What a request may be so that nobody below has to pad, copy or take it apart: the limits of
     /// all nodes down to where the data is. Anything else works too, at that price.
     pub fn whole_limits(&self) -> Limits {
@@ -345,17 +352,13 @@ impl Node {
 
     /// Computes [`Node::whole_limits`] anew; tells whether they changed.
     pub(crate) fn refresh_whole_limits(&self) -> bool {
-        let below = self.edges().iter();
-        let below: Vec<_> = below
+        let edges = self.edges();
+        let below: Vec<_> = edges
+            .iter()
             .map(|edge| (edge.below().whole_limits(), edge.role()))
             .collect();
-        let new = self.limits.through_all(&below);
+        let new = self.limits().through_all(&below);
         std::mem::replace(&mut *self.whole_limits.lock(), new) != new
-    }
-
-    /// The edges to its children.
-    pub fn children<'g>(&'g self, _graph: &'g impl GraphAccess) -> &'g [Arc<Child>] {
-        self.edges()
     }
 
     /// File of the host on which the node stands, through its storage.
@@ -402,10 +405,8 @@ impl Node {
         } else {
             self.flush_driver(co, graph)
         };
-        let closed = self
-            .driver
-            .close(co, graph)
-            .map_err(|error| self.locate(error));
+        let driver = &self.serving(graph).driver;
+        let closed = driver.close(co, graph).map_err(|error| self.locate(error));
         assert_eq!(
             self.requests.in_flight(),
             0,
@@ -472,7 +473,7 @@ impl Node {
     pub(crate) fn born(&self, sections: u32) {
         self.sections.store(sections, Ordering::Relaxed);
         if sections > 0 {
-            self.driver.drained_begin();
+            self.driver().drained_begin();
         }
     }
 
@@ -498,7 +499,7 @@ impl Node {
             devices.extend(parent.device());
         });
         if is_first {
-            self.driver.drained_begin();
+            self.driver().drained_begin();
         }
     }
 
@@ -511,7 +512,7 @@ impl Node {
             self.name
         );
         if before == 1 {
-            self.driver.drained_end();
+            self.driver().drained_end();
             self.each_parent(section, |parent, section| parent.drained_end(section));
         }
     }

@@ -102,7 +102,7 @@ fn open_for(
     };
     let mut built = Built::default();
     let result = env
-        .open_node(co, options, place, &mut built)
+        .open_node(co, options, None, place, &mut built)
         .and_then(|root| {
             env.open_dependents(co, &mut built)?;
             Ok(root)
@@ -110,10 +110,12 @@ fn open_for(
     // Children first were pushed first; with or without an error everything gets its edges, so that
     // it can be closed.
     let mut new = Vec::new();
+    let guard = graph.read(co);
     for unfinished in built.nodes {
-        unfinished.node.publish(graph, unfinished.children);
+        unfinished.node.publish(&guard, unfinished.children);
         new.push(unfinished.node);
     }
+    drop(guard);
     match result.and_then(|root| graph.settle(co, &new).map(|()| root)) {
         Ok(root) => Ok(root),
         Err(error) => {
@@ -173,7 +175,7 @@ struct Pending {
     existing: Option<Arc<Node>>,
     /// What the caller's options say about it.
     given: Options,
-    inherited: Options,
+    inherited: Inherited,
     place: Place,
 }
 
@@ -193,9 +195,14 @@ impl Env<'_> {
         &self,
         co: &Co,
         mut options: Options,
+        inherited: Option<Inherited>,
         place: Place,
         built: &mut Built,
     ) -> Result<Arc<Node>> {
+        let given = options.clone();
+        if let Some(inherited) = inherited {
+            options.inherit(&inherited.options());
+        }
         if place.nesting >= MAX_NESTING {
             return Err(Error::new(
                 ErrorKind::Chain,
@@ -211,7 +218,7 @@ impl Env<'_> {
         let driver = self.registry.find(&driver_name)?;
         let name = self.graph.reserve_name(options.take_str("node-name")?)?;
         let is_root = place.nesting == 0 && place.depth == 0;
-        let made = Opening::new(self, options, place, built)
+        let made = Opening::new(self, given, options, place, built)
             .and_then(|opening| opening.make(co, driver, &driver_name, name.clone()));
         match made {
             Ok(node) => {
@@ -260,6 +267,7 @@ impl Env<'_> {
                     ),
                 )));
             }
+            let exists = existing.is_some();
             let node = if let Some(node) = existing {
                 if node
                     .file_id()
@@ -271,7 +279,7 @@ impl Env<'_> {
                 }
                 node
             } else {
-                let mut options = if given.has("file") || given.has("filename") || given.has("fd") {
+                let options = if given.has("file") || given.has("filename") || given.has("fd") {
                     given
                 } else {
                     let mut options = self.gate.dependent(&Dependent {
@@ -280,26 +288,73 @@ impl Env<'_> {
                         format: format.as_deref(),
                         image: image.filename(),
                         depth: place.depth,
-                        read_only: inherited.get("read-only") == Some("on"),
+                        read_only: inherited.read_only,
                     })?;
                     options.overlay(given);
                     options
                 };
-                options.inherit(&inherited);
-                self.open_node(co, options, place, built)
+                self.open_node(co, options, Some(inherited), place, built)
                     .map_err(|error| error.context(format_args!("Could not open {role} file")))?
             };
-            let child = Child::new(self.graph, key, role, node, wants)?;
+            let child = Child::new(self.graph, key, role, node, wants, !exists)?;
             built.nodes[parent].children.push(child.clone());
-            image.driver.attach(role, child).map_err(located)?;
+            image.driver().attach(role, child).map_err(located)?;
         }
         Ok(())
+    }
+}
+
+/// Options that a child has unless it says otherwise.
+#[derive(Clone, Copy)]
+pub(crate) struct Inherited {
+    pub(crate) read_only: bool,
+    pub(crate) direct: bool,
+    pub(crate) no_flush: bool,
+    pub(crate) force_share: bool,
+    pub(crate) discard: bool,
+}
+
+impl Inherited {
+    /// What a node with these gives to a child.
+    pub(crate) fn through(self, role: ChildRole) -> Inherited {
+        let backing = role == ChildRole::Backing;
+        Inherited {
+            read_only: self.read_only || backing,
+            // What this node lets through is decided here, once.
+            discard: !backing,
+            ..self
+        }
+    }
+
+    pub(crate) fn options(self) -> Options {
+        let word = |on: bool| if on { "on" } else { "off" };
+        Options::new()
+            .with("read-only", word(self.read_only))
+            .with("force-share", word(self.force_share))
+            .with("cache.direct", word(self.direct))
+            .with("cache.no-flush", word(self.no_flush))
+            .with("discard", if self.discard { "unmap" } else { "ignore" })
+    }
+}
+
+/// Takes the option `discard`.
+///
+/// # Errors
+/// `Invalid` for a word that is none of its values.
+pub(crate) fn take_discard(options: &mut Options) -> Result<Option<bool>> {
+    match options.take_str("discard")?.as_deref() {
+        None => Ok(None),
+        Some("ignore" | "off") => Ok(Some(false)),
+        Some("unmap" | "on") => Ok(Some(true)),
+        Some(_) => Err(Error::new(ErrorKind::Invalid, "Invalid discard option")),
     }
 }
 
 /// What a driver sees of the node that it is opened for.
 pub struct Opening<'a> {
     env: &'a Env<'a>,
+    /// As the caller or the gate said, nothing inherited.
+    given: Options,
     options: Options,
     place: Place,
     built: &'a mut Built,
@@ -316,6 +371,7 @@ pub struct Opening<'a> {
 impl<'a> Opening<'a> {
     fn new(
         env: &'a Env<'a>,
+        given: Options,
         mut options: Options,
         place: Place,
         built: &'a mut Built,
@@ -328,11 +384,7 @@ impl<'a> Opening<'a> {
                 "force-share=on can only be used with read-only images",
             ));
         }
-        let discard = match options.take_str("discard")?.as_deref() {
-            None | Some("ignore" | "off") => false,
-            Some("unmap" | "on") => true,
-            Some(_) => return Err(Error::new(ErrorKind::Invalid, "Invalid discard option")),
-        };
+        let discard = take_discard(&mut options)?.unwrap_or(false);
         Ok(Opening {
             env,
             place,
@@ -345,6 +397,7 @@ impl<'a> Opening<'a> {
             discard,
             children: Vec::new(),
             pending: Vec::new(),
+            given,
             options,
         })
     }
@@ -411,16 +464,15 @@ impl<'a> Opening<'a> {
     }
 
     /// Options that a child has unless it says otherwise.
-    fn inherited(&self, role: ChildRole) -> Options {
-        let word = |on: bool| if on { "on" } else { "off" };
-        let read_only = self.read_only || role == ChildRole::Backing;
-        Options::new()
-            .with("read-only", word(read_only))
-            .with("force-share", word(self.force_share))
-            .with("cache.direct", word(self.direct))
-            .with("cache.no-flush", word(self.no_flush))
-            // What this node lets through is decided here, once.
-            .with("discard", if role == ChildRole::Backing { "ignore" } else { "unmap" })
+    fn inherited(&self, role: ChildRole) -> Inherited {
+        let own = Inherited {
+            read_only: self.read_only,
+            direct: self.direct,
+            no_flush: self.no_flush,
+            force_share: self.force_share,
+            discard: self.discard,
+        };
+        own.through(role)
     }
 
     fn place_of(&self, role: ChildRole, read_only: bool) -> Place {
@@ -440,26 +492,30 @@ impl<'a> Opening<'a> {
         key: &'static str,
         role: ChildRole,
     ) -> Result<Arc<Child>> {
+        let mut own = false;
+        self.given.split(key);
         let node = if let Some(name) = self.options.take_str(key)? {
             self.find_node(&name)?
         } else {
-            let mut options = self.options.split(key);
+            let options = self.options.split(key);
             if options.is_empty() {
                 return Err(Error::new(
                     ErrorKind::MissingOption,
                     format!("A block device must be specified for \"{key}\""),
                 ));
             }
-            options.inherit(&self.inherited(role));
             let mut place = self.place_of(role, self.read_only);
             place.nesting += 1;
-            self.env.open_node(co, options, place, self.built)?
+            let inherited = Some(self.inherited(role));
+            own = true;
+            self.env
+                .open_node(co, options, inherited, place, self.built)?
         };
         if self.filename.is_empty() {
             self.filename = node.filename().to_owned();
         }
         let wants = self.place_of(role, self.read_only).permissions;
-        let child = Child::new(self.env.graph, key, role, node, wants)?;
+        let child = Child::new(self.env.graph, key, role, node, wants, own)?;
         self.children.push(child.clone());
         Ok(child)
     }
@@ -486,6 +542,7 @@ impl<'a> Opening<'a> {
         format: Option<&str>,
     ) -> Result<()> {
         let given = self.options.split(key);
+        self.given.split(key);
         let mut existing = None;
         match self.options.take_str(key)?.as_deref() {
             None => {}
@@ -497,8 +554,7 @@ impl<'a> Opening<'a> {
             Some(node) => existing = Some(self.find_node(node)?),
         }
         let inherited = self.inherited(role);
-        let read_only = inherited.get("read-only") == Some("on");
-        let mut place = self.place_of(role, read_only);
+        let mut place = self.place_of(role, inherited.read_only);
         place.nesting = 0;
         place.depth += 1;
         self.pending.push(Pending {
@@ -548,6 +604,8 @@ impl<'a> Opening<'a> {
             read_only: self.read_only,
             discard: self.discard,
             no_flush: self.no_flush,
+            direct: self.direct,
+            options: std::mem::take(&mut self.given).only_text(),
             driver,
             below: self
                 .children

@@ -154,6 +154,12 @@ impl Options {
         Ok(options)
     }
 
+    /// Those that a person could type: no open files, which are not to stay open for a list of options.
+    pub(crate) fn only_text(mut self) -> Options {
+        self.map.retain(|_, value| matches!(value, Value::Text(_)));
+        self
+    }
+
     /// Is nothing left?
     pub fn is_empty(&self) -> bool {
         self.map.is_empty()

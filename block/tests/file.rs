@@ -219,7 +219,7 @@ fn limits_of_a_file_are_enough() {
             println!("SKIPPED: no direct I/O in {}", path.display());
             continue;
         };
-        let limits = *backend.node().limits();
+        let limits = backend.node().limits();
         if direct == "off" {
             assert_eq!((limits.request_alignment, limits.mem_alignment), (1, 1));
         }

@@ -209,7 +209,7 @@ fn rule_8_2_a_node_gets_other_options() {
             read_only: Some(read_only),
             ..Reopen::default()
         };
-        run(&world, |t| t.reopen(&raw, to).reopen(&file, to))
+        run(&world, |t| t.reopen(&raw, to.clone()).reopen(&file, to))
     };
     let error = reopen(true).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly);
@@ -274,7 +274,7 @@ fn rule_8_2_a_file_becomes_writable() {
     };
     std::fs::rename(&path, dir.path().join("away")).unwrap();
     std::fs::write(&path, b"another one").unwrap();
-    let error = run(&world, |t| t.reopen(&node, to)).unwrap_err();
+    let error = run(&world, |t| t.reopen(&node, to.clone())).unwrap_err();
     assert!(
         error.to_string().contains("Another file has this name now"),
         "{error}"

@@ -586,7 +586,7 @@ fn limits_are_merged_upward() {
         ),
     ] {
         let backend = world.open(options).unwrap();
-        assert_eq!(*backend.node().limits(), own, "{name}");
+        assert_eq!(backend.node().limits(), own, "{name}");
         assert_eq!(backend.node().whole_limits(), whole, "{name}");
         world.close(backend).unwrap();
     }

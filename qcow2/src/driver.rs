@@ -17,8 +17,8 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use coblock_aio::{AlignedBuf, IoVec, IoVecMut};
 use coblock_block::types::in_memory;
 use coblock_block::{
-    Child, ChildRole, Copied, CopySource, CopyTarget, Driver, DriverStatus, GraphRead, Limits,
-    Preallocation, Precision, RequestFlags, RequestKind, Result,
+    Changes, Child, ChildRole, Copied, CopySource, CopyTarget, Driver, DriverStatus, GraphRead,
+    Limits, Preallocation, Precision, RequestFlags, RequestKind, Result,
 };
 use coblock_coroutine::Co;
 
@@ -446,17 +446,37 @@ impl Driver for Qcow2 {
         if let Some(cleaner) = &self.cleaner {
             cleaner.stop();
         }
-        if self.read_only {
-            return Ok(());
+        self.write_out(co, graph)
+    }
+
+    fn reopen_prepare(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        to: &mut Changes<'_>,
+    ) -> Result<Option<Box<dyn Driver>>> {
+        Ok(Some(Box::new(self.successor(co, graph, to)?)))
+    }
+
+    fn reopen_abort(&self, co: &Co) {
+        self.replaced(co);
+    }
+
+    /// What it has to write of its own, now that its file is writable.
+    fn reopen_clean(&self, co: &Co, graph: &GraphRead<'_>) {
+        if let Err(error) = self.clear_autoclear(co, graph) {
+            self.take_no_more_changes(&format!("a header update failed: {error}"));
         }
-        // Freed clusters lose their counts after the first pass, and the second one writes that.
-        while self.has_freed() || self.is_dirty() {
-            self.save(co, graph, Counts::Written)?;
+    }
+
+    fn replaced(&self, _co: &Co) {
+        if let Some(cleaner) = &self.cleaner {
+            cleaner.stop();
         }
-        if self.check_intact().is_ok() {
-            self.mark_clean(co, graph)?;
-        }
-        Ok(())
+    }
+
+    fn supports_backing(&self) -> bool {
+        true
     }
 }
 
@@ -467,6 +487,21 @@ impl Qcow2 {
         if !self.frees.lock().durable.is_empty() {
             let mut meta = self.meta.lock(co);
             self.lower_durable(co, graph, &mut meta)?;
+        }
+        Ok(())
+    }
+
+    /// Brings the file to where an image that is closed has it.
+    pub(crate) fn write_out(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        // Freed clusters lose their counts after the first pass, and the second one writes that.
+        while self.has_freed() || self.is_dirty() {
+            self.save(co, graph, Counts::Written)?;
+        }
+        if self.check_intact().is_ok() {
+            self.mark_clean(co, graph)?;
         }
         Ok(())
     }

@@ -281,6 +281,11 @@ pub enum Error {
     /// Lazy refcounts in a version 2 image.
     #[error("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")]
     LazyNeedsVersion3,
+    /// An image that is open for reading and was not closed by its last writer.
+    #[error(
+        "the image was not closed properly: it has to be opened anew for writing, which repairs it"
+    )]
+    NeedsRepair,
     /// A broken entry in a snapshot table.
     #[error("snapshot table entry {index}: {what} is {value}, {expected}")]
     Snapshot {
@@ -465,6 +470,7 @@ impl From<Error> for coblock_block::Error {
             (Error::Stopped { .. }, _) => ErrorKind::Poisoned,
             (Error::Corrupt, _) => ErrorKind::ReadOnly,
             (Error::LazyNeedsVersion3, _) => ErrorKind::Invalid,
+            (Error::NeedsRepair, _) => ErrorKind::NotSupported,
             (Error::CreateOption { .. }, _) => ErrorKind::Invalid,
             (_, libc_errno::ENOTSUP) => ErrorKind::NotSupported,
             (_, libc_errno::EFBIG) => ErrorKind::LimitExceeded,

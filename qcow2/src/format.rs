@@ -1,20 +1,21 @@
 //! How a qcow2 node is opened: its options, its header, and the files that it names.
 
 use coblock_block::{
-    ChildRole, Driver, Error as BlockError, ErrorKind, OpenDriver, Opening, Result,
+    Changes, ChildRole, Driver, Error as BlockError, ErrorKind, GraphRead, OpenDriver, Opening,
+    Result,
 };
 use coblock_coroutine::Co;
 
 use crate::budget::Budget;
 use crate::cache::SliceCache;
 use crate::error::Error;
-use crate::header::Header;
+use crate::header::{Header, Incompatible};
 use crate::image::Qcow2;
 use crate::image_file::ImageFile;
 use crate::memtable::MemTable;
 use crate::overlap::ClusterFilter;
 use crate::spec;
-use crate::tuning::Given;
+use crate::tuning::{Given, Tuning};
 use crate::types::Version;
 
 /// The opener of qcow2 images, to be registered under `"qcow2"`.
@@ -39,9 +40,7 @@ impl OpenDriver for OpenQcow2 {
         let graph = opening.graph().read(co);
         let look = ImageFile::new(co, &graph, &file).with_memory_limit(given.memory_limit);
         let header = look.read_header()?;
-        let mut budget = look.budget_beside(&header)?;
-        take_tables(&header, &mut budget)?;
-        let tuning = given.for_image(header.geometry, &mut budget)?;
+        let tuning = tuning(&look, &given, &header)?;
         let read_only = opening.is_read_only();
         if let Some(name) = &header.backing_file {
             let text = |bytes: &[u8], what: &str| {
@@ -59,13 +58,64 @@ impl OpenDriver for OpenQcow2 {
             // "No backing file" is true of an image without one.
             opening.options().take("backing");
         }
-        if tuning.lazy_refcounts == Some(true) && header.geometry.version() == Version::V2 {
-            return Err(Error::LazyNeedsVersion3.into());
-        }
+        refuse_lazy_version_2(&tuning, &header)?;
         let context = opening.graph().main_context().clone();
         let image = Qcow2::open(co, &context, &graph, file, header, read_only, tuning)?;
         Ok(Box::new(image))
     }
+}
+
+impl Qcow2 {
+    /// The same image as it will be with other options. This one is as after closing then, and goes
+    /// on as well.
+    ///
+    /// # Errors
+    /// For the options; what writing back or reading returned; for an image that has to be repaired
+    /// first.
+    pub(crate) fn successor(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        to: &mut Changes<'_>,
+    ) -> Result<Qcow2> {
+        let given = Given::take(&mut to.options)?;
+        self.check_intact()?;
+        self.write_out(co, graph)?;
+        let look = ImageFile::new(co, graph, &self.file).with_memory_limit(given.memory_limit);
+        let header = look.read_header()?;
+        let tuning = tuning(&look, &given, &header)?;
+        refuse_lazy_version_2(&tuning, &header)?;
+        header.validate(self.file.len(graph))?;
+        if to.read_only {
+            header.ensure_readable()?;
+        } else {
+            header.ensure_writable()?;
+            if header.incompatible.contains(Incompatible::DIRTY) {
+                return Err(Error::NeedsRepair.into());
+            }
+        }
+        let context = graph.graph().main_context();
+        let file = self.file.clone();
+        let next = Qcow2::load(co, context, graph, file, header, to.read_only, tuning)?;
+        if let Some(backing) = to.child(ChildRole::Backing) {
+            next.attach(ChildRole::Backing, backing.clone())?;
+        }
+        Ok(next)
+    }
+}
+
+/// What the options mean for the image whose header this is, within what it may cost.
+fn tuning(look: &ImageFile<'_>, given: &Given, header: &Header) -> Result<Tuning> {
+    let mut budget = look.budget_beside(header)?;
+    take_tables(header, &mut budget)?;
+    given.for_image(header.geometry, &mut budget)
+}
+
+fn refuse_lazy_version_2(tuning: &Tuning, header: &Header) -> Result<()> {
+    if tuning.lazy_refcounts == Some(true) && header.geometry.version() == Version::V2 {
+        return Err(Error::LazyNeedsVersion3.into());
+    }
+    Ok(())
 }
 
 /// Takes what stays in memory while the image is open, besides the caches.

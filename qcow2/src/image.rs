@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 
-use coblock_aio::{AioContext, AlignedBuf, IoVec, IoVecMut};
+use coblock_aio::{AioContext, AlignedBuf, IoVecMut};
 use coblock_block::types::in_memory;
 use coblock_block::{Child, GraphRead, RequestFlags, RequestTable, Result};
 use coblock_coroutine::{Co, CoMutex, CoMutexGuard, ThreadLock};
@@ -38,6 +38,8 @@ pub struct Qcow2 {
     pub(crate) size: AtomicU64,
     pub(crate) header: Header,
     pub(crate) read_only: bool,
+    /// The file has bits of features that we do not keep up to date.
+    stale_autoclear: bool,
     pub(crate) file: Arc<Child>,
     /// Attached after the image was opened, before the first request.
     pub(crate) backing: OnceLock<Arc<Child>>,
@@ -149,7 +151,6 @@ impl Qcow2 {
         read_only: bool,
         tuning: Tuning,
     ) -> Result<Self> {
-        let geometry = header.geometry;
         header.validate(file.len(graph))?;
         if read_only {
             header.ensure_readable()?;
@@ -161,6 +162,23 @@ impl Qcow2 {
                 log::warn!("the image was not closed properly: counted {clusters} clusters anew");
             }
         }
+        let image = Self::load(co, context, graph, file, header, read_only, tuning)?;
+        image.clear_autoclear(co, graph)?;
+        Ok(image)
+    }
+
+    /// The same without writing anything: of an image that needs no repair, and whose file may not
+    /// be writable yet. [`Qcow2::clear_autoclear`] has to follow before anything is written.
+    pub(crate) fn load(
+        co: &Co,
+        context: &Arc<AioContext>,
+        graph: &GraphRead<'_>,
+        file: Arc<Child>,
+        mut header: Header,
+        read_only: bool,
+        tuning: Tuning,
+    ) -> Result<Self> {
+        let geometry = header.geometry;
         let l1_bytes = u64::from(header.l1_entries) * spec::TABLE_ENTRY_LEN;
         let l1 = read_table(co, graph, &file, header.l1_offset, l1_bytes)?;
         let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
@@ -175,18 +193,10 @@ impl Qcow2 {
         };
         snapshot_tables.enter(&tables);
 
-        if !read_only && geometry.version() == Version::V3 && !header.autoclear.is_empty() {
-            // Bits of features that we do not keep up to date. (Hazards O15, Q20.)
+        let stale_autoclear =
+            !read_only && geometry.version() == Version::V3 && !header.autoclear.is_empty();
+        if stale_autoclear {
             header.autoclear = Autoclear::empty();
-            let at = spec::HEADER_AT_AUTOCLEAR;
-            file.pwrite(
-                co,
-                graph,
-                at,
-                IoVec::from(&[0; 8][..]),
-                RequestFlags::empty(),
-            )?;
-            file.flush(co, graph)?;
         }
         let l2 = Arc::new(SliceCache::new(
             tuning.caches.l2_entry,
@@ -202,6 +212,7 @@ impl Qcow2 {
             geometry,
             size: AtomicU64::new(geometry.virtual_size()),
             read_only,
+            stale_autoclear,
             l2,
             refcounts,
             meta: CoMutex::new(Meta {
@@ -230,6 +241,19 @@ impl Qcow2 {
             l1,
             refcount_table,
         })
+    }
+
+    /// Takes away the bits of features that we do not keep up to date, before the first write.
+    /// (Hazards O15, Q20.)
+    ///
+    /// # Errors
+    /// I/O.
+    pub(crate) fn clear_autoclear(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        if self.stale_autoclear {
+            self.write_table(co, graph, spec::HEADER_AT_AUTOCLEAR, &[0; 8])?;
+            self.file.flush(co, graph)?;
+        }
+        Ok(())
     }
 
     /// In serial mode, waits until all requests that came before are done. The turn ends before the

@@ -184,7 +184,8 @@ fn run(
 
 fn stats(disk: &BlockBackend) -> Qcow2Stats {
     let node = disk.node();
-    let driver = node.driver().as_any().unwrap();
+    let driver = node.driver();
+    let driver = driver.as_any().unwrap();
     driver.downcast_ref::<Qcow2>().unwrap().stats()
 }
 

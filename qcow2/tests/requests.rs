@@ -228,7 +228,7 @@ fn limits_of_an_image() {
         discard_alignment: CLUSTER,
         ..Limits::default()
     };
-    assert_eq!(*disk.node().limits(), own);
+    assert_eq!(disk.node().limits(), own);
     let whole = Limits {
         request_alignment: 512,
         mem_alignment: 512,

@@ -15,7 +15,7 @@ mod probe;
 mod queue;
 
 use crate::driver::{
-    Driver, DriverStatus, OpenDriver, Place, Precision, shrinks_preallocated,
+    Changes, Driver, DriverStatus, OpenDriver, Place, Precision, shrinks_preallocated,
     unsupported_preallocation,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -91,35 +91,23 @@ impl OpenDriver for OpenFile {
         if locking {
             locks::acquire(file.as_fd(), opening.permissions(), &filename)?;
         }
-        let alignment = if wanted.direct {
-            probe::direct_alignment(&file, found.is_block_device).map_err(context)?
-        } else {
-            Alignment {
-                request: 1,
-                memory: 1,
-            }
-        };
-        let file = Arc::new(file);
-        let medium = Medium::of(file.as_fd(), wanted.direct)
-            .map_err(|error| Error::from_io("fstatfs", error).at_file(&filename))?;
-        let grows = !wanted.read_only && !found.is_block_device && medium != Medium::Memory;
+        let opened = Opened::new(file, &found, wanted.direct, &filename)?;
+        let permissions = opening.permissions();
         Ok(Box::new(HostFile {
-            ahead: if grows {
+            ahead: if !wanted.read_only && found.grows(opened.medium) {
                 Ahead::of_file(found.len)
             } else {
                 Ahead::never()
             },
             len: AtomicU64::new(found.len),
-            locks: locking.then(|| ThreadLock::new(Held::new(&file, opening.permissions()))),
+            locks: locking.then(|| ThreadLock::new(Held::new(&opened.file, permissions))),
             copies: AtomicBool::new(true),
-            medium,
             filename,
             found,
-            alignment,
+            alignment: ThreadLock::new(opened.alignment),
             next: ThreadLock::new(None),
             adopted,
-            direct: wanted.direct,
-            file: GraphCell::new(opening.graph(), file),
+            opened: GraphCell::new(opening.graph(), opened),
         }))
     }
 }
@@ -190,22 +178,49 @@ impl Wanted {
     }
 }
 
+/// An open file, and what that it is open so asks of requests.
+struct Opened {
+    file: Arc<File>,
+    alignment: Alignment,
+    /// What requests reach.
+    medium: Medium,
+}
+
+impl Opened {
+    fn new(file: File, found: &Found, direct: bool, filename: &str) -> Result<Opened> {
+        let alignment = if direct {
+            probe::direct_alignment(&file, found.is_block_device)
+                .map_err(|error| error.context(format_args!("Could not open '{filename}'")))?
+        } else {
+            Alignment {
+                request: 1,
+                memory: 1,
+            }
+        };
+        let medium = Medium::of(file.as_fd(), direct)
+            .map_err(|error| Error::from_io("fstatfs", error).at_file(filename))?;
+        Ok(Opened {
+            file: Arc::new(file),
+            alignment,
+            medium,
+        })
+    }
+}
+
 struct HostFile {
-    file: GraphCell<Arc<File>>,
-    /// Ready to take its place, while the node becomes writable.
-    next: ThreadLock<Option<Arc<File>>>,
+    opened: GraphCell<Opened>,
+    /// Ready to take its place, while the node gets other options.
+    next: ThreadLock<Option<Opened>>,
     /// The caller had opened it: there is no name to open it anew.
     adopted: bool,
-    direct: bool,
     filename: String,
     found: Found,
-    alignment: Alignment,
+    /// Of the file that is open: for [`Driver::limits`], which is asked at open and after a reopen.
+    alignment: ThreadLock<Alignment>,
     /// The lock bytes that are held; none with `locking=off`.
     locks: Option<ThreadLock<Held>>,
     /// The host copies to this file, as far as is known.
     copies: AtomicBool,
-    /// What requests reach.
-    medium: Medium,
     /// Space set aside past the end.
     ahead: Ahead,
     /// Length in bytes, raised by writes past it.
@@ -223,7 +238,10 @@ impl HostFile {
     /// Writes zeros past the end, from `from` to `to`; whole blocks only, where requests must be
     /// aligned: of the blocks at both ends the file system sets the rest aside.
     fn write_zeros(&self, co: &Co, graph: &GraphRead<'_>, from: u64, to: u64) -> io::Result<()> {
-        let Alignment { request, memory } = self.alignment;
+        let Opened {
+            alignment, medium, ..
+        } = self.opened.get(graph);
+        let Alignment { request, memory } = *alignment;
         let piece = ZEROS_AT_ONCE.max(request);
         let no_memory = || io::Error::from(io::ErrorKind::OutOfMemory);
         let zeros = AlignedBuf::try_new(in_memory(piece), memory).map_err(|_| no_memory())?;
@@ -234,7 +252,7 @@ impl HostFile {
         while at < end {
             let part = (end - at).min(piece);
             let source = IoVec::from(&zeros[..in_memory(part)]);
-            coblock_aio::co::write_to(co, self.fd(graph), self.medium, at, source)?;
+            coblock_aio::co::write_to(co, self.fd(graph), *medium, at, source)?;
             at += part;
         }
         if request == 1 {
@@ -245,7 +263,12 @@ impl HostFile {
 
     #[inline]
     fn fd<'g>(&'g self, graph: &'g impl GraphAccess) -> BorrowedFd<'g> {
-        self.file.get(graph).as_fd()
+        self.file(graph).as_fd()
+    }
+
+    #[inline]
+    fn file<'g>(&'g self, graph: &'g impl GraphAccess) -> &'g Arc<File> {
+        &self.opened.get(graph).file
     }
 
     #[inline]
@@ -270,8 +293,8 @@ impl Driver for HostFile {
         _flags: RequestFlags,
     ) -> Result<()> {
         let len = buf.len();
-        let fd = self.fd(graph);
-        match coblock_aio::co::read_from(co, fd, self.medium, offset, buf.reborrow()) {
+        let Opened { file, medium, .. } = self.opened.get(graph);
+        match coblock_aio::co::read_from(co, file.as_fd(), *medium, offset, buf.reborrow()) {
             Ok(read) => {
                 if read < len {
                     // The end of the file: padding, or somebody cut it. The rest is zeros.
@@ -292,9 +315,9 @@ impl Driver for HostFile {
         _flags: RequestFlags,
     ) -> Result<()> {
         let end = offset + bytes(buf.len());
-        self.ahead
-            .before_write(co, self.file.get(graph), offset, end);
-        match coblock_aio::co::write_to(co, self.fd(graph), self.medium, offset, buf) {
+        let Opened { file, medium, .. } = self.opened.get(graph);
+        self.ahead.before_write(co, file, offset, end);
+        match coblock_aio::co::write_to(co, file.as_fd(), *medium, offset, buf) {
             Ok(()) => {
                 self.grew_to(end);
                 Ok(())
@@ -357,7 +380,7 @@ impl Driver for HostFile {
         }
         let len = in_memory(source.len.min(COPY_MAX));
         let (mut from, mut to) = (source.offset, offset);
-        let file = self.file.get(graph);
+        let file = self.file(graph);
         let copied = coblock_aio::co::on_pool(co, || {
             let (from, to) = (Some(&mut from), Some(&mut to));
             rustix::fs::copy_file_range(source.file, from, file, to, len)
@@ -394,7 +417,7 @@ impl Driver for HostFile {
         let (is_hole, len) = match precision {
             Precision::Allocation => (false, len),
             Precision::Zeroes => {
-                let file = self.file.get(graph);
+                let file = self.file(graph);
                 coblock_aio::co::on_pool(co, || extents::look(file, offset, len))
             }
         };
@@ -407,14 +430,14 @@ impl Driver for HostFile {
     }
 
     fn allocated_bytes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<u64> {
-        let file = self.file.get(graph);
+        let file = self.file(graph);
         coblock_aio::co::on_pool(co, || file.metadata())
             .map(|metadata| metadata.blocks() * 512)
             .map_err(|error| Error::from_io("stat", error).at_file(&self.filename))
     }
 
     fn truncate(&self, co: &Co, graph: &GraphRead<'_>, len: u64, exact: bool) -> Result<()> {
-        let file = self.file.get(graph);
+        let file = self.file(graph);
         let refuse = |message: &str| Err(Error::new(ErrorKind::NotSupported, message));
         if self.found.is_block_device {
             let now = probe::length(file, true)?;
@@ -457,7 +480,7 @@ impl Driver for HostFile {
             }
             Preallocation::Full => self.write_zeros(co, graph, now, len),
         };
-        let file = self.file.get(graph);
+        let file = self.file(graph);
         let resized = coblock_aio::co::on_pool(co, || {
             let end = if taken.is_ok() { len } else { now };
             file.set_len(end)
@@ -477,7 +500,7 @@ impl Driver for HostFile {
     }
 
     fn limits(&self) -> Limits {
-        let Alignment { request, memory } = self.alignment;
+        let Alignment { request, memory } = *self.alignment.lock();
         let mut limits = Limits {
             request_alignment: request,
             mem_alignment: memory,
@@ -527,52 +550,80 @@ impl Driver for HostFile {
     }
 
     /// A file that can be written stays open as it is when its node becomes read-only.
-    fn reopen_prepare(&self, _co: &Co, graph: &GraphRead<'_>, read_only: bool) -> Result<()> {
+    fn reopen_prepare(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        to: &mut Changes<'_>,
+    ) -> Result<Option<Box<dyn Driver>>> {
         let context = |error: Error| error.at_file(&self.filename);
-        let flags = rustix::fs::fcntl_getfl(self.fd(graph))
+        let now = self.file(graph);
+        let flags = rustix::fs::fcntl_getfl(now)
             .map_err(|errno| context(Error::from_io("fcntl", errno.into())))?;
-        if read_only || flags & OFlags::RWMODE == OFlags::RDWR {
-            return Ok(());
+        let has_access = to.read_only || flags & OFlags::RWMODE == OFlags::RDWR;
+        if has_access && to.direct == to.was_direct {
+            return Ok(None);
         }
         if self.adopted {
-            let message = "A file that was passed in open for reading cannot become writable";
+            let message = if has_access {
+                "A file that was passed in open keeps its way past the cache"
+            } else {
+                "A file that was passed in open for reading cannot become writable"
+            };
             return Err(context(Error::new(ErrorKind::NotSupported, message)));
         }
         let wanted = Wanted {
-            read_only,
-            direct: self.direct,
+            read_only: to.read_only,
+            direct: to.direct,
         };
         let file = wanted.open(&self.filename)?;
         if probe::look(&file)?.is_none_or(|found| found.id != self.found.id) {
             let message = "Another file has this name now";
             return Err(context(Error::new(ErrorKind::NotFound, message)));
         }
-        if let Some(held) = &self.locks {
-            held.lock().take_too(&file).map_err(context)?;
+        if self.locks.is_some() {
+            locks::try_out(file.as_fd()).map_err(context)?;
         }
-        *self.next.lock() = Some(Arc::new(file));
-        Ok(())
+        // The new one counts anew what it sets aside.
+        let len = self.len();
+        self.ahead
+            .cut(co, now, len)
+            .map_err(|error| self.failed("resize", len, error))?;
+        self.ahead.was_resized(co, len);
+        let opened = Opened::new(file, &self.found, to.direct, &self.filename)?;
+        *self.next.lock() = Some(opened);
+        Ok(None)
     }
 
     fn reopen_commit(&self, graph: &mut GraphWrite<'_>) {
-        let Some(file) = self.next.lock().take() else {
+        let Some(opened) = self.next.lock().take() else {
             return;
         };
         if let Some(held) = &self.locks {
-            held.lock().move_to(&file);
+            held.lock().move_to(&opened.file);
         }
-        drop(self.file.replace(graph, file));
+        *self.alignment.lock() = opened.alignment;
+        drop(self.opened.replace(graph, opened));
     }
 
     fn reopen_abort(&self, _co: &Co) {
         drop(self.next.lock().take());
     }
 
+    fn reopen_clean(&self, co: &Co, graph: &GraphRead<'_>) {
+        let Opened { file, medium, .. } = self.opened.get(graph);
+        let writable =
+            rustix::fs::fcntl_getfl(file).is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR);
+        if writable && self.found.grows(*medium) {
+            self.ahead.may_grow(co, self.len());
+        }
+    }
+
     /// Cuts off what was set aside, and gives the locks back now, not when the last duplicate of
     /// the descriptor goes.
     fn close(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
         let len = self.len();
-        let cut = self.ahead.cut(co, self.file.get(graph), len);
+        let cut = self.ahead.cut(co, self.file(graph), len);
         if self.locks.is_some() {
             locks::release(self.fd(graph));
         }

@@ -3,7 +3,7 @@
 //! Options: `size` in bytes (1 GiB), `latency-ns` of each request (0), `read-zeroes` (off: buffers
 //! are left as they are).
 
-use crate::driver::{Driver, DriverStatus, OpenDriver, Place, Precision};
+use crate::driver::{Changes, Driver, DriverStatus, OpenDriver, Place, Precision};
 use crate::error::Result;
 use crate::graph::GraphRead;
 use crate::open::Opening;
@@ -126,5 +126,15 @@ impl Driver for Null {
 
     fn native_fua(&self) -> bool {
         true
+    }
+
+    /// Nothing in it depends on it.
+    fn reopen_prepare(
+        &self,
+        _co: &Co,
+        _graph: &GraphRead<'_>,
+        _to: &mut Changes<'_>,
+    ) -> Result<Option<Box<dyn Driver>>> {
+        Ok(None)
     }
 }

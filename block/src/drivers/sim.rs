@@ -18,7 +18,7 @@ pub use disk::{Counts, Keep, LogEntry, SECTOR, SimDisk};
 pub use fault::{Fault, Hold, Match, Op};
 
 use crate::driver::{
-    Driver, DriverStatus, OpenDriver, Place, Precision, shrinks_preallocated,
+    Changes, Driver, DriverStatus, OpenDriver, Place, Precision, shrinks_preallocated,
     unsupported_preallocation,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -261,5 +261,15 @@ impl Driver for Sim {
 
     fn native_fua(&self) -> bool {
         self.fua
+    }
+
+    /// Nothing in it depends on it.
+    fn reopen_prepare(
+        &self,
+        _co: &Co,
+        _graph: &GraphRead<'_>,
+        _to: &mut Changes<'_>,
+    ) -> Result<Option<Box<dyn Driver>>> {
+        Ok(None)
     }
 }

@@ -13,7 +13,7 @@
 use crate::child::Child;
 use crate::drain::{Parent, Section};
 use crate::error::{Error, ErrorKind, Result};
-use crate::node::Node;
+use crate::node::{Edges, Node};
 use crate::types::{Perm, Permissions};
 use coblock_aio::AioContext;
 use std::cell::RefCell;
@@ -31,6 +31,12 @@ pub(crate) struct Future {
     moves: BTreeMap<usize, (Arc<dyn Parent>, Arc<Node>)>,
     /// By node: who comes to it.
     coming: BTreeMap<usize, Vec<Arc<dyn Parent>>>,
+    /// By node whose edges come and go: those that it will have.
+    edges: BTreeMap<usize, (Arc<Node>, Edges)>,
+    /// Edges that come.
+    new: Vec<Arc<Child>>,
+    /// Edges that go.
+    going: BTreeMap<usize, Arc<Child>>,
     /// By node that becomes read-only, or writable.
     read_only: BTreeMap<usize, (Arc<Node>, bool)>,
     /// By node that moves: its home.
@@ -60,6 +66,45 @@ impl Future {
             .or_default()
             .push(user.clone());
         self.moves.insert(user_key, (user, node));
+    }
+
+    /// With other edges below `node`: those of `edges` that it has not are new.
+    pub(crate) fn give_edges(&mut self, node: &Arc<Node>, edges: Edges) {
+        let before = self.edges(node);
+        for edge in before.iter() {
+            if !edges.iter().any(|other| Arc::ptr_eq(other, edge)) {
+                self.going.insert(key(edge), edge.clone());
+                self.left.push(edge.below());
+            }
+        }
+        for edge in edges.iter() {
+            if !before.iter().any(|other| Arc::ptr_eq(other, edge)) {
+                let coming = self.coming.entry(key(&edge.below())).or_default();
+                coming.push(edge.clone());
+                self.new.push(edge.clone());
+            }
+        }
+        self.edges.insert(key(node), (node.clone(), edges));
+    }
+
+    /// The edges of `node`.
+    fn edges(&self, node: &Arc<Node>) -> Edges {
+        let changed = self.edges.get(&key(node));
+        changed.map_or_else(|| node.edges(), |(_, edges)| edges.clone())
+    }
+
+    pub(crate) fn edges_that_go(&self) -> impl Iterator<Item = &Arc<Child>> {
+        self.going.values()
+    }
+
+    pub(crate) fn edges_that_come(&self) -> impl Iterator<Item = &Arc<Child>> {
+        self.new.iter()
+    }
+
+    /// Where the edges of `node` lead to.
+    pub(crate) fn children(&self, node: &Arc<Node>) -> Vec<Arc<Node>> {
+        let edges = self.edges(node);
+        edges.iter().map(|edge| self.below(edge)).collect()
     }
 
     /// With `node` read-only or not.
@@ -98,10 +143,9 @@ impl Future {
         let now = node.users_now();
         self.users_seen.borrow_mut().extend(now.iter().cloned());
         let coming = self.coming.get(&key(node)).into_iter().flatten();
-        let staying = now
-            .iter()
-            .rev()
-            .filter(|user| !self.moves.contains_key(&key(user)));
+        let staying = now.iter().rev().filter(|user| {
+            !self.moves.contains_key(&key(user)) && !self.going.contains_key(&key(user))
+        });
         let owner_stays = |user: &&Arc<dyn Parent>| {
             let owner = self.owner(user);
             owner.is_none_or(|owner| !self.removed.contains(&key(&owner)))
@@ -131,7 +175,7 @@ impl Future {
         while let Some(node) = look.pop() {
             if !self.removed.contains(&key(&node)) && self.users(&node).is_empty() {
                 self.removed.insert(key(&node));
-                look.extend(node.edges().iter().map(|edge| self.below(edge)));
+                look.extend(self.children(&node));
             }
         }
     }
@@ -158,9 +202,10 @@ impl Future {
             if self.removed.contains(&key(&start)) || !entered.insert(key(&start)) {
                 continue;
             }
-            let mut path = vec![(start, 0)];
-            while let Some((node, next)) = path.last_mut() {
-                let Some(edge) = node.edges().get(*next) else {
+            let edges = self.edges(&start);
+            let mut path = vec![(start, edges, 0)];
+            while let Some((node, edges, next)) = path.last_mut() {
+                let Some(edge) = edges.get(*next) else {
                     left.insert(key(node));
                     children_first.push(node.clone());
                     path.pop();
@@ -170,7 +215,8 @@ impl Future {
                 let below = self.below(edge);
                 self.nodes_seen.borrow_mut().push(below.clone());
                 if entered.insert(key(&below)) {
-                    path.push((below, 0));
+                    let edges = self.edges(&below);
+                    path.push((below, edges, 0));
                 } else if !left.contains(&key(&below)) {
                     let (child, parent) = (below.name(), node.name());
                     let name = edge.name();
@@ -185,6 +231,11 @@ impl Future {
         Ok(children_first)
     }
 
+    /// Or does only a user come or go?
+    fn changes_the_graph(&self) -> bool {
+        !self.moves.is_empty() || !self.read_only.is_empty() || !self.edges.is_empty()
+    }
+
     /// Takes what the users will hold, and lets drivers prepare it.
     ///
     /// # Errors
@@ -194,12 +245,13 @@ impl Future {
         let mut starts: Vec<_> = self.moves().map(|(_, node)| node.clone()).collect();
         starts.extend(self.left.iter().cloned());
         starts.extend(self.read_only.values().map(|(node, _)| node.clone()));
+        starts.extend(self.edges.values().map(|(node, _)| node.clone()));
         // What hangs below the removed ones is used by fewer.
         let mut at = 0;
         while let Some(node) = starts.get(at).cloned() {
             at += 1;
             if self.removed.contains(&key(&node)) {
-                starts.extend(node.edges().iter().map(|edge| self.below(edge)));
+                starts.extend(self.children(&node));
             }
         }
         let mut prepared = Prepared::default();
@@ -230,7 +282,7 @@ impl Future {
                         shared: all.shared & one.shared,
                     })
             };
-            if !self.moves.is_empty() || !self.read_only.is_empty() {
+            if self.changes_the_graph() {
                 node.refuse_writers(self.is_read_only(&node), all.held)?;
             }
             cumulated.insert(key(&node), all);

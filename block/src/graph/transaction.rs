@@ -15,6 +15,7 @@
 mod commit;
 mod moving;
 mod reopen;
+mod tree;
 
 pub use reopen::Reopen;
 
@@ -76,13 +77,13 @@ enum Step {
         to: Arc<Node>,
     },
     /// Other options.
-    Reopen { node: Arc<Node>, to: Reopen },
+    Reopen(Arc<Reopening>),
 }
 
 impl Step {
     /// Nodes that it is about, and of these the one whose users may change.
     fn nodes(&self) -> (Vec<Arc<Node>>, Arc<Node>) {
-        let now = |edge: Option<&Arc<Child>>| edge.expect("it was looked at before").below();
+        let now = |edge: Option<Arc<Child>>| edge.expect("it was looked at before").below();
         match self {
             Step::Users { from, to } => (vec![from.clone(), to.clone()], from.clone()),
             Step::Above(node) => {
@@ -97,7 +98,7 @@ impl Step {
                 let from = user.end().now();
                 (vec![from.clone(), to.clone()], from)
             }
-            Step::Reopen { node, .. } => (vec![node.clone()], node.clone()),
+            Step::Reopen(reopening) => (reopening.nodes(), reopening.node.clone()),
         }
     }
 }
@@ -232,16 +233,12 @@ impl Transaction {
         self
     }
 
-    /// `node` gets other options while it stays open.
+    /// `node` gets other options while it stays open; see [`Transaction::reopen_options`] for those of
+    /// its children too. List a parent before its children.
     pub fn reopen(&mut self, node: &Arc<Node>, to: Reopen) -> &mut Self {
-        self.parts.steps.push(Step::Reopen {
-            node: node.clone(),
-            to,
-        });
-        let (graph, node) = (self.graph.clone(), node.clone());
-        self.parts
-            .actions
-            .push(Box::new(Reopening::new(graph, node, to)));
+        let reopening = Reopening::new(&self.graph, node, to);
+        self.parts.steps.push(Step::Reopen(reopening.clone()));
+        self.parts.actions.push(Box::new(reopening));
         self
     }
 
@@ -487,11 +484,12 @@ impl fmt::Debug for Transaction {
     }
 }
 
-fn edge_of(node: &Arc<Node>, role: ChildRole) -> Option<&Arc<Child>> {
-    node.edges().iter().find(|edge| edge.role() == role)
+fn edge_of(node: &Arc<Node>, role: ChildRole) -> Option<Arc<Child>> {
+    let edges = node.edges();
+    edges.iter().find(|edge| edge.role() == role).cloned()
 }
 
-fn stands_on(node: &Arc<Node>) -> Option<&Arc<Child>> {
+fn stands_on(node: &Arc<Node>) -> Option<Arc<Child>> {
     edge_of(node, ChildRole::Filtered).or_else(|| edge_of(node, ChildRole::Backing))
 }
 

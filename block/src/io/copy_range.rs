@@ -16,7 +16,7 @@
 use super::MAX_BOUNCE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::GraphRead;
-use crate::node::Node;
+use crate::node::{Node, Serving};
 use crate::request_table::RequestKind;
 use crate::types::{RequestFlags, align_down, in_memory};
 use coblock_aio::{AlignedBuf, IoVec, IoVecMut};
@@ -111,7 +111,7 @@ impl Node {
     ) -> Result<()> {
         self.checked_end(offset, len)?;
         let to_end = to.checked_end(to_offset, len)?;
-        to.writable_end(to_offset, to_end)?;
+        to.writable_end(graph, to_offset, to_end)?;
         if std::ptr::eq(self, to) && offset.abs_diff(to_offset) < len {
             let message = format!("{len} bytes are copied over themselves");
             return Err(self.locate(Error::new(ErrorKind::Invalid, message).at_offset(to_offset)));
@@ -183,7 +183,8 @@ impl Node {
         if inside == 0 {
             return Ok(Copied::Zeros(len));
         }
-        let copied = self.driver.copy_range_from(co, graph, offset, inside, to);
+        let driver = &self.serving(graph).driver;
+        let copied = driver.copy_range_from(co, graph, offset, inside, to);
         let copied = copied.map_err(|error| self.failed(error, offset))?;
         if let Copied::Bytes(part) | Copied::Zeros(part) = copied {
             assert!(
@@ -203,12 +204,13 @@ impl Node {
         offset: u64,
         source: CopySource<'_>,
     ) -> Result<u64> {
-        let align = self.limits.request_alignment;
+        let Serving { driver, limits, .. } = self.serving(graph);
+        let align = limits.request_alignment;
         let _request = self
             .requests
             .begin(graph.slot(), offset, source.len, RequestKind::Write);
         let end = self.checked_end(offset, source.len)?;
-        self.writable_end(offset, end)?;
+        self.writable_end(graph, offset, end)?;
         if self.requests.is_closed() {
             return Err(self.closed());
         }
@@ -216,9 +218,7 @@ impl Node {
         if !self.requests.is_plain() || offset & (align - 1) != 0 || len == 0 {
             return Ok(0);
         }
-        let copied = self
-            .driver
-            .copy_range_to(co, graph, offset, source.part(0, len));
+        let copied = driver.copy_range_to(co, graph, offset, source.part(0, len));
         self.mark_unflushed();
         let copied = copied.map_err(|error| self.failed(error, offset))?;
         assert!(
@@ -226,7 +226,7 @@ impl Node {
             "driver {} took {copied} of {len} bytes",
             self.format()
         );
-        self.grow_to(offset + copied);
+        self.grow_to(graph, offset + copied);
         Ok(copied)
     }
 }

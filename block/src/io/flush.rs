@@ -51,12 +51,15 @@ impl Node {
         if self.skips_flushes() && children.is_empty() {
             return Ok(());
         }
-        self.driver.flush(co, graph).map_err(|error| {
-            self.unflushed.store(true, Ordering::Release);
-            if children.is_empty() {
-                self.poisoned.store(true, Ordering::Release);
-            }
-            self.locate(error)
-        })
+        self.serving(graph)
+            .driver
+            .flush(co, graph)
+            .map_err(|error| {
+                self.unflushed.store(true, Ordering::Release);
+                if children.is_empty() {
+                    self.poisoned.store(true, Ordering::Release);
+                }
+                self.locate(error)
+            })
     }
 }

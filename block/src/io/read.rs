@@ -3,7 +3,7 @@
 use super::{MAX_BOUNCE, SMALL_BOUNCE, traced};
 use crate::error::Result;
 use crate::graph::GraphRead;
-use crate::node::Node;
+use crate::node::{Node, Serving};
 use crate::request_table::{RequestKind, Tracked};
 use crate::types::{RequestFlags, align_down, bytes, in_memory};
 use coblock_aio::{IoVec, IoVecMut};
@@ -27,14 +27,15 @@ impl Node {
         let request = self
             .requests
             .begin(graph.slot(), offset, len, RequestKind::Read);
+        let Serving { driver, limits, .. } = self.serving(graph);
         if self.requests.is_plain()
-            && self.takes_range(offset, len)
+            && Node::takes_range(limits, offset, len)
             && self.contains(offset, len)
-            && (self.limits.mem_alignment == 1 || buf.is_aligned(self.limits.mem_alignment))
+            && (limits.mem_alignment == 1 || buf.is_aligned(limits.mem_alignment))
             && flags.is_empty()
             && !traced()
         {
-            match self.driver.pread(co, graph, offset, buf, flags) {
+            match driver.pread(co, graph, offset, buf, flags) {
                 Ok(()) => Ok(()),
                 Err(error) => Err(self.failed(error, offset)),
             }
@@ -98,14 +99,14 @@ impl Node {
         start: u64,
         mut buf: IoVecMut<'_>,
     ) -> Result<u64> {
-        let piece = self.piece(start, buf.as_source());
+        let piece = self.piece(graph, start, buf.as_source());
         let mut part = buf.slice(0, in_memory(piece.len));
         if !piece.bounced {
-            self.driver
-                .pread(co, graph, start, part, RequestFlags::empty())?;
+            let driver = &self.serving(graph).driver;
+            driver.pread(co, graph, start, part, RequestFlags::empty())?;
         } else {
-            let mut bounce = self.bounce(piece.padded_len)?;
-            self.driver.pread(
+            let mut bounce = self.bounce(graph, piece.padded_len)?;
+            self.serving(graph).driver.pread(
                 co,
                 graph,
                 piece.padded_start,
@@ -133,16 +134,17 @@ pub(super) struct Piece {
 
 impl Node {
     /// Cuts the first request to the driver off a request for all of `buf` at `start`.
-    pub(super) fn piece(&self, start: u64, buf: IoVec<'_>) -> Piece {
+    pub(super) fn piece(&self, graph: &GraphRead<'_>, start: u64, buf: IoVec<'_>) -> Piece {
+        let limits = &self.serving(graph).limits;
         let len = bytes(buf.len());
-        let align = self.limits.request_alignment;
-        let longest = align_down(self.limits.max_transfer, align);
+        let align = limits.request_alignment;
+        let longest = align_down(limits.max_transfer, align);
         let head = start & (align - 1);
         let whole = align_down(len, align).min(longest);
         let padded = align_down(head + len + align - 1, align);
         let plain = || {
             buf.slice(0, in_memory(whole))
-                .is_aligned(self.limits.mem_alignment)
+                .is_aligned(limits.mem_alignment)
         };
         if head == 0
             && whole > 0

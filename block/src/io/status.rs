@@ -190,7 +190,8 @@ impl Node {
         if self.requests.is_closed() {
             return Err(self.closed());
         }
-        self.driver
+        let driver = &self.serving(graph).driver;
+        driver
             .allocated_bytes(co, graph)
             .map_err(|error| self.failed(error, 0))
     }
@@ -238,8 +239,8 @@ impl Node {
                 };
                 return Ok(answer(status, false));
             }
-            let found = node
-                .driver
+            let driver = &node.serving(graph).driver;
+            let found = driver
                 .block_status(co, graph, at, inside, precision)
                 .map_err(|error| node.failed(error, at))?;
             assert!(
@@ -280,8 +281,8 @@ impl Node {
             },
             ..Status::nothing(false)
         };
-        self.whole_blocks(at, asked, &mut status);
-        if !status.allocated && self.driver.is_format() {
+        self.whole_blocks(graph, at, asked, &mut status);
+        if !status.allocated && self.serving(graph).driver.is_format() {
             let past_backing =
                 |child: &Arc<Child>| precision == Precision::Zeroes && at >= child.len(graph);
             status.zero = backing(self, graph).is_none_or(past_backing);
@@ -291,8 +292,8 @@ impl Node {
 
     /// Answers end at whole blocks: a block that is one thing in its first part and another in the
     /// rest counts as data.
-    fn whole_blocks(&self, at: u64, asked: u64, status: &mut Status) {
-        let align = self.limits.request_alignment;
+    fn whole_blocks(&self, graph: &GraphRead<'_>, at: u64, asked: u64, status: &mut Status) {
+        let align = self.serving(graph).limits.request_alignment;
         let end = at + status.len;
         if status.len == asked || end.is_multiple_of(align) {
             return;

@@ -18,7 +18,8 @@ impl Node {
         exact: bool,
     ) -> Result<()> {
         self.resize(co, graph, len, || {
-            self.driver.truncate(co, graph, len, exact)
+            let driver = &self.serving(graph).driver;
+            driver.truncate(co, graph, len, exact)
         })
     }
 
@@ -34,7 +35,8 @@ impl Node {
             return self.truncate(co, graph, len, true);
         }
         self.resize(co, graph, len, || {
-            self.driver.grow_preallocated(co, graph, len, preallocation)
+            let driver = &self.serving(graph).driver;
+            driver.grow_preallocated(co, graph, len, preallocation)
         })
     }
 
@@ -82,7 +84,8 @@ impl Node {
         let result = change();
         // After a failure as well: it may have happened in part.
         self.mark_unflushed();
-        self.len.store(self.driver.len(), Ordering::Release);
+        let len = self.serving(graph).driver.len();
+        self.len.store(len, Ordering::Release);
         self.tell_filters();
         result.map_err(|error| self.locate(error))
     }
@@ -103,11 +106,12 @@ impl Node {
 
     /// A filter takes the length of its child; true if that was another one. Other nodes keep theirs.
     pub(crate) fn follow_child(&self) -> bool {
-        let Some(filtered) = self.driver.filtered() else {
+        let driver = self.driver();
+        let Some(filtered) = driver.filtered() else {
             return false;
         };
         filtered.follow(filtered.file().below().len());
-        let now = self.driver.len();
+        let now = driver.len();
         self.len.swap(now, Ordering::AcqRel) != now
     }
 }

@@ -3,7 +3,7 @@
 use super::traced;
 use crate::error::Result;
 use crate::graph::GraphRead;
-use crate::node::Node;
+use crate::node::{Node, Serving};
 use crate::request_table::{RequestKind, Tracked};
 use crate::types::{RequestFlags, align_down, bytes, in_memory};
 use coblock_aio::{IoVec, IoVecMut};
@@ -24,15 +24,16 @@ impl Node {
         let request = self
             .requests
             .begin(graph.slot(), offset, len, RequestKind::Write);
+        let Serving { driver, limits, .. } = self.serving(graph);
         if self.requests.is_plain()
-            && self.takes_range(offset, len)
+            && Node::takes_range(limits, offset, len)
             && self.contains(offset, len)
-            && (self.limits.mem_alignment == 1 || buf.is_aligned(self.limits.mem_alignment))
+            && (limits.mem_alignment == 1 || buf.is_aligned(limits.mem_alignment))
             && flags.is_empty()
             && !traced()
             && !self.is_read_only()
         {
-            let result = self.driver.pwrite(co, graph, offset, buf, flags);
+            let result = driver.pwrite(co, graph, offset, buf, flags);
             self.mark_unflushed();
             match result {
                 Ok(()) => Ok(()),
@@ -70,12 +71,12 @@ impl Node {
     ) -> Result<()> {
         let len = bytes(buf.len());
         let end = self.checked_transfer(offset, len)?;
-        self.writable_end(offset, end)?;
+        self.writable_end(graph, offset, end)?;
         if len == 0 {
             self.admit(co, request, RequestFlags::empty(), (offset, len))?;
             return self.flush_for(co, graph, flags);
         }
-        self.admit_write(co, request, offset, end, flags)?;
+        self.admit_write(co, graph, request, offset, end, flags)?;
         self.write_pieces(co, graph, offset, buf, flags)?;
         self.flush_for(co, graph, flags)
     }
@@ -84,12 +85,13 @@ impl Node {
     pub(super) fn admit_write(
         &self,
         co: &Co,
+        graph: &GraphRead<'_>,
         request: &Tracked<'_>,
         offset: u64,
         end: u64,
         flags: RequestFlags,
     ) -> Result<()> {
-        let align = self.limits.request_alignment;
+        let align = self.serving(graph).limits.request_alignment;
         let unaligned = (offset | end) & (align - 1) != 0;
         let start = align_down(offset, align);
         // Below MAX_LENGTH, so padding does not overflow.
@@ -101,7 +103,7 @@ impl Node {
         };
         self.admit(co, request, flags, padded)?;
         // After the wait: the length may have changed meanwhile (rule 2.5).
-        self.writable_end(offset, end)
+        self.writable_end(graph, offset, end)
     }
 
     /// Writes all of `buf`, one request to the driver after the other.
@@ -113,7 +115,7 @@ impl Node {
         buf: IoVec<'_>,
         flags: RequestFlags,
     ) -> Result<()> {
-        let fua = if self.driver.native_fua() {
+        let fua = if self.serving(graph).driver.native_fua() {
             flags & RequestFlags::FUA
         } else {
             RequestFlags::empty()
@@ -138,14 +140,15 @@ impl Node {
         buf: IoVec<'_>,
         flags: RequestFlags,
     ) -> Result<usize> {
-        let piece = self.piece(start, buf);
+        let piece = self.piece(graph, start, buf);
         let len = in_memory(piece.len);
         let part = buf.slice(0, len);
         if !piece.bounced {
-            self.driver.pwrite(co, graph, start, part, flags)?;
+            let driver = &self.serving(graph).driver;
+            driver.pwrite(co, graph, start, part, flags)?;
         } else {
-            let mut bounce = self.bounce(piece.padded_len)?;
-            let align = self.limits.request_alignment;
+            let mut bounce = self.bounce(graph, piece.padded_len)?;
+            let align = self.serving(graph).limits.request_alignment;
             let head = start - piece.padded_start;
             let tail = piece.padded_len - head - piece.len;
             let last_block = piece.padded_len - align;
@@ -164,7 +167,7 @@ impl Node {
             }
             let from = in_memory(head);
             part.copy_to(0, &mut bounce[from..from + len]);
-            self.driver.pwrite(
+            self.serving(graph).driver.pwrite(
                 co,
                 graph,
                 piece.padded_start,
@@ -172,7 +175,7 @@ impl Node {
                 flags,
             )?;
         }
-        self.grow_to(piece.padded_start + piece.padded_len);
+        self.grow_to(graph, piece.padded_start + piece.padded_len);
         Ok(len)
     }
 
@@ -187,7 +190,7 @@ impl Node {
         if offset >= self.len() {
             return Ok(());
         }
-        self.driver.pread(
+        self.serving(graph).driver.pread(
             co,
             graph,
             offset,
@@ -203,7 +206,7 @@ impl Node {
         graph: &GraphRead<'_>,
         flags: RequestFlags,
     ) -> Result<()> {
-        if flags.contains(RequestFlags::FUA) && !self.driver.native_fua() {
+        if flags.contains(RequestFlags::FUA) && !self.serving(graph).driver.native_fua() {
             self.flush_driver(co, graph)?;
         }
         Ok(())

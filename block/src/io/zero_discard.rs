@@ -3,7 +3,7 @@
 use super::MAX_BOUNCE;
 use crate::error::{ErrorKind, Result};
 use crate::graph::GraphRead;
-use crate::node::Node;
+use crate::node::{Node, Serving};
 use crate::request_table::RequestKind;
 use crate::types::{RequestFlags, align_down, align_up, bytes, in_memory};
 use coblock_aio::IoVec;
@@ -35,13 +35,11 @@ impl Node {
             .requests
             .begin(graph.slot(), offset, len, RequestKind::Write);
         let end = self.checked_end(offset, len)?;
-        self.writable_end(offset, end)?;
-        self.admit_write(co, &request, offset, end, flags)?;
+        self.writable_end(graph, offset, end)?;
+        self.admit_write(co, graph, &request, offset, end, flags)?;
 
-        let align = self
-            .limits
-            .zero_alignment
-            .max(self.limits.request_alignment);
+        let Serving { driver, limits, .. } = self.serving(graph);
+        let align = limits.zero_alignment.max(limits.request_alignment);
         // Neither overflows: both ends are below MAX_LENGTH. A node's last, odd block counts as
         // whole.
         let middle = align_up(offset, align).unwrap_or(end).min(end);
@@ -59,11 +57,11 @@ impl Node {
         };
         let mut at = middle;
         while at < middle_end {
-            let part = (middle_end - at).min(align_down(self.limits.max_zeroes, align).max(align));
-            let zeroed = self.driver.pwrite_zeroes(co, graph, at, part, driver_flags);
+            let part = (middle_end - at).min(align_down(limits.max_zeroes, align).max(align));
+            let zeroed = driver.pwrite_zeroes(co, graph, at, part, driver_flags);
             self.mark_unflushed();
             match zeroed {
-                Ok(()) => self.grow_to(at + part),
+                Ok(()) => self.grow_to(graph, at + part),
                 Err(error) if error.kind() == ErrorKind::NotSupported => {
                     if flags.contains(RequestFlags::NO_FALLBACK) {
                         return Err(self.failed(error, at));
@@ -99,13 +97,12 @@ impl Node {
         if start >= end {
             return Ok(());
         }
-        let zeroed =
-            self.driver
-                .pwrite_zeroes_within_block(co, graph, start, end - start, driver_flags);
+        let driver = &self.serving(graph).driver;
+        let zeroed = driver.pwrite_zeroes_within_block(co, graph, start, end - start, driver_flags);
         self.mark_unflushed();
         match zeroed {
             Ok(()) => {
-                self.grow_to(end);
+                self.grow_to(graph, end);
                 Ok(())
             }
             Err(error)
@@ -131,12 +128,13 @@ impl Node {
             return Ok(());
         }
         // Not less than a block: otherwise each part would read what it then replaces.
-        let longest = MAX_BOUNCE.max(self.limits.request_alignment);
-        let zeros = self.bounce(longest.min(end - start))?;
+        let align = self.serving(graph).limits.request_alignment;
+        let longest = MAX_BOUNCE.max(align);
+        let zeros = self.bounce(graph, longest.min(end - start))?;
         let mut at = start;
         while at < end {
             // Up to a multiple of the alignment, so that only the ends are odd.
-            let stop = align_down(at + longest, self.limits.request_alignment).min(end);
+            let stop = align_down(at + longest, align).min(end);
             let part = (stop - at).min(bytes(zeros.len()));
             let source = IoVec::from(&zeros[..in_memory(part)]);
             self.write_pieces(co, graph, at, source, flags - RequestFlags::FUA)?;
@@ -162,7 +160,7 @@ impl Node {
             .requests
             .begin(graph.slot(), offset, len, RequestKind::Discard);
         let end = self.checked_end(offset, len)?;
-        self.writable_end(offset, end)?;
+        self.writable_end(graph, offset, end)?;
         if end > self.len() {
             return Err(self.out_of_bounds(offset, len));
         }
@@ -170,10 +168,8 @@ impl Node {
         if !self.passes_discards() {
             return Ok(());
         }
-        let align = self
-            .limits
-            .discard_alignment
-            .max(self.limits.request_alignment);
+        let Serving { driver, limits, .. } = self.serving(graph);
+        let align = limits.discard_alignment.max(limits.request_alignment);
         let whole_end = if end == self.len() {
             end
         } else {
@@ -181,8 +177,8 @@ impl Node {
         };
         let mut at = align_up(offset, align).unwrap_or(end);
         while at < whole_end {
-            let part = (whole_end - at).min(align_down(self.limits.max_discard, align).max(align));
-            let discarded = self.driver.pdiscard(co, graph, at, part);
+            let part = (whole_end - at).min(align_down(limits.max_discard, align).max(align));
+            let discarded = driver.pdiscard(co, graph, at, part);
             self.mark_unflushed();
             match discarded {
                 Ok(()) => at += part,

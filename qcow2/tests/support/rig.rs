@@ -182,8 +182,8 @@ impl Outcome {
 }
 
 pub fn stats(disk: &BlockBackend) -> Qcow2Stats {
-    disk.node()
-        .driver()
+    let driver = disk.node().driver();
+    driver
         .as_any()
         .unwrap()
         .downcast_ref::<Qcow2>()

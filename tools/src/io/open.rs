@@ -97,7 +97,7 @@ impl OpenWith {
         Ok(())
     }
 
-    fn engine(&self) -> Result<Engine, String> {
+    pub(super) fn engine(&self) -> Result<Engine, String> {
         match self.aio {
             None => Ok(Engine::Auto),
             Some(Aio::Threads) => Ok(Engine::Threads),
@@ -127,8 +127,7 @@ pub(super) struct Image {
     pub(super) write_through: bool,
     /// Requests whose results were not yet there when somebody looked.
     pub(super) running: Vec<AioRequest>,
-    /// What the user opened, and how: for opening it again.
-    pub(super) name: Option<OsString>,
+    /// How the user opened it.
     pub(super) with: OpenWith,
     /// Takes the writes, where they do not go to the image.
     _temporary: Option<File>,
@@ -318,7 +317,6 @@ impl Shell<'_> {
                 write: access.write,
                 write_through: with.cache.is_write_through() && !with.snapshot,
                 running: Vec::new(),
-                name: name.map(OsStr::to_owned),
                 with,
                 _temporary: temporary,
             }),

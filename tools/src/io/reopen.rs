@@ -1,13 +1,15 @@
 //! `reopen`: other options for the image that is open.
 //!
-//! The graph cannot change a node's options, and needs not: nobody else uses the image here. So it
-//! is closed and opened again; when that fails it is opened as before.
+//! All of it happens or nothing does: the image stays open, and keeps its locks.
 
 use std::ffi::OsString;
 
+use coblock::block::{self, Options, Perm, Permissions, Transaction};
+
 use super::Shell;
 use super::commands::{Call, Failure};
-use super::open::Image;
+use super::open::{Image, OpenWith};
+use crate::explain::explain;
 use crate::getopt::{Getopt, Opt};
 use crate::image_opts::Pairs;
 use crate::spec::Cache;
@@ -103,36 +105,93 @@ pub(super) fn reopen(shell: &mut Shell<'_>, call: &Call<'_>) -> Result<(), Failu
             "Read-only block node '{node}' cannot support read-write users"
         ));
     }
-    let (name, old) = (image.name.clone(), image.with.clone());
-    let mut new = old.clone();
-    new.read_only = read_only.unwrap_or(new.read_only);
-    new.cache = cache.unwrap_or(new.cache);
+    let mut with = image.with.clone();
+    with.read_only = read_only.unwrap_or(with.read_only);
+    with.cache = cache.unwrap_or(with.cache);
+    if let Some(read_only) = changes.get("read-only") {
+        with.read_only = is_on(read_only);
+    }
+    if with.copy_on_read && with.read_only {
+        return refuse("Can't use copy-on-read on read-only device");
+    }
+    if !with.read_only && image.spec.forbids_writing() && changes.get("read-only").is_none() {
+        return refuse("Block node is read-only");
+    }
+    with.engine().map_err(Failure::Error)?;
     for (key, value) in changes.iter() {
-        match key {
-            "read-only" => new.read_only = is_on(value),
-            // Read-write or not: nothing falls back here.
-            "auto-read-only" if !is_on(value) => {}
-            _ => new.options.set(key, value),
+        // Read-write or not: nothing falls back here.
+        if key != "read-only" && (key != "auto-read-only" || is_on(value)) {
+            with.options.set(key, value);
         }
     }
-    if !shell.close_image() {
-        return Err(Failure::Told);
-    }
-    let why = match shell.make_image(name.as_deref(), new) {
-        Ok(image) => {
-            shell.image = Some(image);
-            return Ok(());
+    let image = shell.image.as_mut().expect("it was looked at above");
+    let done = become_so(image, &with, &changes, cache.is_some());
+    if done.is_ok() {
+        for (key, value) in changes.iter() {
+            image.spec.keys.set(key, value);
         }
-        Err(why) => why,
+        image.write = !with.read_only;
+        image.write_through = with.cache.is_write_through();
+        image.with = with;
+    }
+    shell.results.print(shell.out);
+    done.map_err(|error| Failure::Error(explain(&error)))
+}
+
+/// The image gets what `with` says, where it is not so already; or stays as it is.
+fn become_so(
+    image: &Image,
+    with: &OpenWith,
+    changes: &Pairs,
+    new_cache: bool,
+) -> block::Result<()> {
+    let word = |on: bool| if on { "on" } else { "off" };
+    let mut options: Options = changes
+        .iter()
+        .filter(|(key, value)| *key != "auto-read-only" || is_on(value))
+        .collect();
+    options.set("read-only", word(with.read_only));
+    if new_cache {
+        options.set("cache.direct", word(with.cache.is_direct()));
+        options.set("cache.no-flush", word(with.cache.is_unsafe()));
+    }
+    if with.copy_on_read {
+        // The filter is not one of the user's nodes.
+        let mut whole = Options::new();
+        whole.nest("file", options);
+        options = whole;
+    }
+    let (session, backend) = (&image.session, &image.backend);
+    let reopen = |options: Options| {
+        let mut transaction = Transaction::new(&session.graph);
+        transaction.reopen_options(&backend.node(), options)?;
+        session.home.run(|co| transaction.run(co))
     };
-    match shell.make_image(name.as_deref(), old) {
-        Ok(image) => {
-            shell.image = Some(image);
-            Err(Failure::Error(why))
-        }
-        Err(again) => Err(Failure::Error(format!(
-            "{why}\nand the image could not be opened as before: {again}"
-        ))),
+    let permit = |write: bool| {
+        let mut held = Perm::CONSISTENT_READ;
+        held.set(Perm::WRITE, write);
+        let shared = Perm::all();
+        backend.set_permissions(Permissions { held, shared })
+    };
+    let write = !with.read_only;
+    if write == image.write {
+        return reopen(options);
+    }
+    // Who may not write must not want to; who is to write wants to afterwards.
+    if !write {
+        permit(false)?;
+        return reopen(options).inspect_err(|_| restored(permit(true)));
+    }
+    reopen(options)?;
+    permit(true).inspect_err(|_| {
+        restored(reopen(Options::new().with("read-only", "on")));
+    })
+}
+
+/// Going back to what was before is not refused: nobody else could take it meanwhile, or it is less.
+fn restored(result: block::Result<()>) {
+    if let Err(error) = result {
+        log::warn!("an image was not reopened, and is not as before either: {error}");
     }
 }
 

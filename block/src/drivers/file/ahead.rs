@@ -95,6 +95,15 @@ impl Ahead {
         }
     }
 
+    /// The file of `len` bytes has been opened so that it can grow.
+    pub(super) fn may_grow(&self, co: &Co, len: u64) {
+        let reserved = self.reserved.lock(co);
+        let watched = self.watch_above.load(Ordering::Relaxed);
+        if *reserved == 0 && watched == u64::MAX {
+            self.watch_above.store(len, Ordering::Relaxed);
+        }
+    }
+
     /// Cuts off what was set aside and not used: the file has `len` bytes. Suspends.
     ///
     /// # Errors

@@ -60,17 +60,8 @@ impl Held {
         }
     }
 
-    /// Another open file that is to take the place of this one has the same locks meanwhile.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub(super) fn take_too(&self, file: &File) -> Result<()> {
-        take(file.as_fd(), self.now)
-    }
-
-    /// `file` has taken the place.
+    /// `file`, which was tried out, has taken the place; the file before is still locked.
     pub(super) fn move_to(&mut self, file: &Arc<File>) {
-        // Permissions may have changed since it took those of before.
         if let Err(error) = take(file.as_fd(), self.now) {
             log::warn!("a file that was opened anew is not locked: {error}");
         }
@@ -107,6 +98,17 @@ impl Held {
         self.next = None;
         release_all_but(self.file.as_fd(), self.now);
     }
+}
+
+/// Has this open file such locks? Nothing is locked afterwards: who looks for others at the file that
+/// it is to replace would find it.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn try_out(fd: BorrowedFd<'_>) -> Result<()> {
+    let tried = lock_range(fd, LockKind::Shared, HELD_BASE, 1);
+    release(fd);
+    tried.map_err(|error| Error::from_io(format!("Failed to lock byte {HELD_BASE}"), error))
 }
 
 fn take(fd: BorrowedFd<'_>, wanted: Permissions) -> Result<()> {

@@ -3,7 +3,7 @@
 use super::queue::Queue;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::FileId;
-use coblock_aio::AlignedBuf;
+use coblock_aio::{AlignedBuf, Medium};
 use rustix::fs::{AtFlags, FileType, StatxFlags};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -20,6 +20,13 @@ pub(super) struct Found {
     pub(super) sector: u64,
     /// Of a device.
     pub(super) queue: Queue,
+}
+
+impl Found {
+    /// Do writes past the end gain by space that was set aside?
+    pub(super) fn grows(&self, medium: Medium) -> bool {
+        !self.is_block_device && medium != Medium::Memory
+    }
 }
 
 /// Alignment of offsets and lengths, and of memory, in bytes.

@@ -26,20 +26,24 @@ pub(super) fn commit(write: &mut GraphWrite<'_>, parts: &mut Parts) -> Result<Ve
                 Step::Users { from, to } => lead_users(&mut future, from, to, section),
                 Step::Above(node) => {
                     let edge = stands_on(node).expect("it was looked at before");
-                    let below = future.below(edge);
+                    let below = future.below(&edge);
                     lead_users(&mut future, &below, node, section);
                     section.nodes.push(below);
                 }
                 Step::Out(filter) => {
                     let edge = edge_of(filter, ChildRole::Filtered);
-                    let below = future.below(edge.expect("it was looked at before"));
+                    let below = future.below(&edge.expect("it was looked at before"));
                     lead_users(&mut future, filter, &below, section);
                     section.nodes.push(below);
                 }
                 Step::User { user, to } => future.lead(user.clone(), to.clone()),
-                Step::Reopen { node, to } => {
-                    if let Some(read_only) = to.read_only {
+                Step::Reopen(reopening) => {
+                    let node = &reopening.node;
+                    if let Some(read_only) = reopening.to.read_only {
                         future.reopen(node, read_only);
+                    }
+                    if let Some(edges) = reopening.edges() {
+                        future.give_edges(node, edges);
                     }
                 }
             }
@@ -88,6 +92,12 @@ fn move_all(
     permissions.commit();
     for moving in rehomed {
         moving.commit(section);
+    }
+    for edge in future.edges_that_go() {
+        edge.leave(section);
+    }
+    for edge in future.edges_that_come() {
+        edge.enter(section);
     }
     for (user, to) in future.moves() {
         let from = move_user(write, section, user, to);
@@ -158,7 +168,7 @@ fn stands_at_or_below(
             return true;
         }
         if seen.insert(Arc::as_ptr(&node).addr()) {
-            look.extend(node.edges().iter().map(|edge| future.below(edge)));
+            look.extend(future.children(&node));
         }
     }
     false
@@ -210,7 +220,7 @@ fn refuse_two_homes(
 }
 
 /// What requests of `node` may be so that nobody takes them apart, and of all nodes above.
-fn refresh_limits(node: Arc<Node>, section: &mut Section<'_>) {
+pub(super) fn refresh_limits(node: Arc<Node>, section: &mut Section<'_>) {
     let mut look = vec![node];
     while let Some(node) = look.pop() {
         if node.refresh_whole_limits() {
