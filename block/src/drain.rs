@@ -237,10 +237,11 @@ impl Scope {
 pub(crate) struct Quiesced(Scope);
 
 impl Quiesced {
-    /// Rule 5.3: every node, and those that are made while it lives.
+    /// Every node, and those that are made while it lives: so that readers do not arrive for ever
+    /// (rule 7.5). No section: nothing is waited for, and threads of devices are left alone.
     #[track_caller]
     pub(crate) fn all(graph: &Arc<Graph>) -> Quiesced {
-        Quiesced::begin(Scope::All(graph.clone()))
+        Quiesced::quiesce(Scope::All(graph.clone())).0
     }
 
     /// Each of `nodes`.
@@ -252,6 +253,17 @@ impl Quiesced {
 
     #[track_caller]
     fn begin(scope: Scope) -> Quiesced {
+        let (quiesced, devices) = Quiesced::quiesce(scope);
+        // Rule 5.9: they may wait for threads of their own, hence without the lock.
+        for device in devices {
+            device.drain_threads();
+        }
+        quiesced
+    }
+
+    /// Rule 5.3: of all nodes with the devices that are to stop their threads.
+    #[track_caller]
+    fn quiesce(scope: Scope) -> (Quiesced, Vec<Arc<dyn Device>>) {
         let devices = scope.graph().section(|section| match &scope {
             Scope::Node(node, _) => {
                 node.quiesce(section);
@@ -268,11 +280,7 @@ impl Quiesced {
                 devices
             }
         });
-        // Rule 5.9: they may wait for threads of their own, hence without the lock.
-        for device in devices {
-            device.drain_threads();
-        }
-        Quiesced(scope)
+        (Quiesced(scope), devices)
     }
 }
 

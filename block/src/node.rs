@@ -481,7 +481,7 @@ impl Node {
     pub(crate) fn quiesce(&self, section: &mut Section<'_>) {
         if self.sections.fetch_add(1, Ordering::Relaxed) == 0 {
             self.each_parent(section, |parent, section| parent.drained_begin(section));
-            self.driver.drained_begin();
+            self.driver().drained_begin();
         }
     }
 

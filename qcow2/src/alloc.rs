@@ -3,13 +3,16 @@
 //! ```text
 //!   mapped --unmapped in memory--> Frees::unmapped --write-back, flush--> Frees::durable
 //!                                                                            |
-//!   handed out <-- count lowered to zero <-- nobody reads or writes it any more
+//!   handed out <-- count lowered to zero <--------- nobody reads or writes it any more
+//!                        ^                                                   |
+//!                        +---- hole punched, counted meanwhile <-- space goes back: Frees::holes
 //! ```
 //!
 //! A cluster that lost its last mapping keeps its count until the file says so durably (otherwise a
 //! crash would bring back a mapping to somebody else's data), and until every request that looked
 //! it up is done (rule 9.2). Whatever happens in between, a crash leaks it at worst.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use coblock_block::{ErrorKind, GraphRead, Result};
@@ -43,6 +46,29 @@ pub(crate) struct Frees {
     pub unmapped: Vec<Freed>,
     /// The unmapping is on stable storage.
     pub durable: Vec<Freed>,
+    /// So it is, nobody uses them, and their count is the last one: their space goes back before it
+    /// is lowered. Until then nobody gets them.
+    holes: Vec<HostCluster>,
+    /// Of these, those whose space is on its way.
+    punching: BTreeSet<HostCluster>,
+}
+
+impl Frees {
+    /// Are there any?
+    pub fn is_empty(&self) -> bool {
+        self.unmapped.is_empty() && self.durable.is_empty() && !self.has_holes()
+    }
+
+    fn has_holes(&self) -> bool {
+        !self.holes.is_empty() || !self.punching.is_empty()
+    }
+
+    /// All whose count was not lowered yet.
+    pub fn counted(&self) -> impl Iterator<Item = HostCluster> {
+        let listed = self.unmapped.iter().chain(&self.durable);
+        let holes = self.holes.iter().chain(&self.punching).copied();
+        listed.map(|freed| freed.cluster).chain(holes)
+    }
 }
 
 /// Why a cluster is freed, which decides whether its space goes back to the file system.
@@ -283,6 +309,7 @@ impl Qcow2 {
     }
 
     /// Lowers the counts of clusters whose unmapping is durable and which no request uses any more.
+    /// Where the space goes back too, [`Qcow2::punch_holes`] has to follow.
     ///
     /// # Errors
     /// I/O or a damaged image; what was not lowered stays on the list.
@@ -304,7 +331,7 @@ impl Qcow2 {
         let mut in_use = Vec::new();
         self.in_flight.for_each(|range| in_use.push(range));
         let mut busy = Vec::new();
-        let mut given_back = Vec::new();
+        let mut holes = Vec::new();
         let mut result = Ok(());
         while let Some(freed) = durable.pop() {
             let start = self.geometry.host_start(freed.cluster).0;
@@ -318,32 +345,94 @@ impl Qcow2 {
                 busy.push(freed);
                 continue;
             }
-            self.at(coblock_block::Event::ClusterFree);
-            match self.change_refcount(co, graph, meta, freed.cluster, false) {
-                Ok(0) if freed.give_back => given_back.push(start),
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::Corrupt && self.check_intact().is_ok() => {
-                    // The count was zero already: the image was damaged before we unmapped the
-                    // cluster.
-                    log::error!("an unmapped cluster was not counted: {error}");
+            let lowered = match self.is_last_count(co, graph, freed) {
+                Ok(true) => {
+                    holes.push(freed.cluster);
+                    Ok(())
                 }
-                Err(error) => {
-                    busy.push(freed);
-                    result = Err(error);
-                    break;
-                }
+                Ok(false) => self.lower(co, graph, meta, freed.cluster),
+                Err(error) => Err(error),
+            };
+            if lowered.is_err() {
+                busy.push(freed);
+                result = lowered;
+                break;
             }
         }
         let mut frees = self.frees.lock();
         frees.durable.append(&mut busy);
         frees.durable.append(&mut durable);
-        drop(frees);
-        self.give_back(co, graph, given_back);
+        frees.holes.append(&mut holes);
         result
     }
 
-    /// Returns the space of free clusters to the file system. The metadata mutex is held, so nobody
-    /// gets them meanwhile.
+    /// Will this one be free, and its space go back? Not where a table is, which is not to be freed.
+    fn is_last_count(&self, co: &Co, graph: &GraphRead<'_>, freed: Freed) -> Result<bool> {
+        if !freed.give_back || self.table_at(freed.cluster).is_some() {
+            return Ok(false);
+        }
+        let Some((pin, index)) = self.pin_refcounts(co, graph, freed.cluster)? else {
+            return Ok(false);
+        };
+        Ok(self.count_at(&pin, index) == 1)
+    }
+
+    /// Lowers the count of a cluster whose unmapping is durable.
+    fn lower(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        meta: &mut Meta,
+        cluster: HostCluster,
+    ) -> Result<()> {
+        self.at(coblock_block::Event::ClusterFree);
+        match self.change_refcount(co, graph, meta, cluster, false) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::Corrupt && self.check_intact().is_ok() => {
+                // The count was zero already: the image was damaged before we unmapped the
+                // cluster.
+                log::error!("an unmapped cluster was not counted: {error}");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Punches the holes that [`Qcow2::lower_durable`] left, with the metadata mutex free, and lowers
+    /// the counts of their clusters then: until that nobody gets one of them.
+    ///
+    /// # Errors
+    /// I/O or a damaged image; what was not lowered stays on the list.
+    pub(crate) fn punch_holes(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
+        let mut batch = {
+            let mut frees = self.frees.lock();
+            let batch = std::mem::take(&mut frees.holes);
+            frees.punching.extend(&batch);
+            batch
+        };
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let start = |cluster: &HostCluster| self.geometry.host_start(*cluster).0;
+        self.give_back(co, graph, batch.iter().map(start).collect());
+        let mut meta = self.meta.lock(co);
+        let mut result = Ok(());
+        while let Some(cluster) = batch.pop() {
+            result = self.lower(co, graph, &mut meta, cluster);
+            let mut frees = self.frees.lock();
+            frees.punching.remove(&cluster);
+            if result.is_err() {
+                for cluster in batch.drain(..).chain([cluster]) {
+                    frees.punching.remove(&cluster);
+                    let give_back = false;
+                    frees.durable.push(Freed { cluster, give_back });
+                }
+            }
+        }
+        result
+    }
+
+    /// Returns the space of clusters that nobody gets meanwhile to the file system.
     fn give_back(&self, co: &Co, graph: &GraphRead<'_>, mut clusters: Vec<u64>) {
         clusters.sort_unstable();
         let size = self.geometry.cluster_size();
@@ -354,7 +443,7 @@ impl Qcow2 {
                 .take_while(|&(nth, &at)| at == start + nth * size)
                 .count();
             let len = in_row as u64 * size;
-            // Advice: the clusters are free whether or not the space is given back.
+            // Advice: the clusters become free whether or not the space is given back.
             if let Err(error) = self.file.pdiscard(
                 co,
                 graph,

@@ -56,8 +56,8 @@ impl Qcow2 {
         }
         {
             let frees = self.frees.lock();
-            for freed in frees.unmapped.iter().chain(&frees.durable) {
-                references.add_run(freed.cluster, 1, "freed");
+            for cluster in frees.counted() {
+                references.add_run(cluster, 1, "freed");
             }
         }
         Some(self.compare(references, &counts))

@@ -154,13 +154,23 @@ impl Qcow2 {
                 self.write_back(co, graph, true, Counts::MayLag)?;
                 let mut meta = self.meta.lock(co);
                 self.lower_durable(co, graph, &mut meta)?;
+                drop(meta);
+                self.punch_holes(co, graph)?;
+                let meta = self.meta.lock(co);
                 if meta.cursor < self.geometry.host_cluster(run.start).0 {
                     Ok(0)
                 } else {
                     Err(error)
                 }
             }
-            result => result.map(|_| cow.len),
+            result => {
+                // What the allocation above found to be free is not on its list for long.
+                if let Err(error) = self.punch_holes(co, graph) {
+                    // Not this write's: they stay on a list, and the next flush tells.
+                    log::warn!("freed clusters stay counted for now: {error}");
+                }
+                result.map(|_| cow.len)
+            }
         }
     }
 

@@ -488,7 +488,7 @@ impl Qcow2 {
             let mut meta = self.meta.lock(co);
             self.lower_durable(co, graph, &mut meta)?;
         }
-        Ok(())
+        self.punch_holes(co, graph)
     }
 
     /// Brings the file to where an image that is closed has it.

@@ -349,8 +349,7 @@ impl Qcow2 {
 
     /// Are there clusters that a flush could make free?
     pub(crate) fn has_freed(&self) -> bool {
-        let frees = self.frees.lock();
-        !frees.unmapped.is_empty() || !frees.durable.is_empty()
+        !self.frees.lock().is_empty()
     }
 
     /// The table that `cluster` holds a part of, if any.

@@ -48,6 +48,7 @@ impl Qcow2 {
         }
         self.drop_unused_blocks(co, graph)
             .map_err(|error| error.context("Failed to discard unused refblocks"))?;
+        self.punch_holes(co, graph)?;
         self.cut_file(co, graph)
     }
 

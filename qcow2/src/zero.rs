@@ -80,7 +80,7 @@ impl Qcow2 {
             at = GuestOffset(at.0 + done * self.geometry.cluster_size());
             clusters -= done;
         }
-        Ok(())
+        self.punch_holes(co, graph)
     }
 
     /// The same for as many of `clusters` as the slice of `at` maps. Returns how many that are.

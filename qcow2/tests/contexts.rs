@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use coblock_aio::{ContextOptions, EngineKind, Home, IoThread, co};
-use coblock_block::drivers::sim::{Match, Op};
+use coblock_block::drivers::sim::Match;
 use coblock_block::{
     BlockBackend, DenyAll, DriverRegistry, Graph, Options, RequestFlags, Result, open,
 };
@@ -125,25 +125,25 @@ fn rule_2_6_a_hit_waits_for_no_metadata_of_another_context() {
     let f = Fixture::new();
     let disk = f.open();
     let other = another();
-    f.write(&disk, 0, CLUSTER, 7);
     f.write(&disk, CLUSTER, CLUSTER, 8);
-    f.home.run(|co| disk.pdiscard(co, 0, CLUSTER)).unwrap();
-    // The discarded cluster's space goes back to the file under the mutex.
-    let hold = f.disk.hold(Match::ops(&[Op::Discard]));
-    let (flushing, outcome) = (disk.clone(), Outcome::default());
-    let flushed = outcome.clone();
-    other.spawn("flush", move |co| outcome.set(flushing.flush(co)));
+    f.close(disk);
+    let disk = f.open();
+    assert_eq!(f.read(&disk, CLUSTER, 1), [8], "its L2 table is cached");
+    // Who allocates reads refcounts under the mutex.
+    let counts = REFCOUNT_BLOCK..REFCOUNT_BLOCK + CLUSTER;
+    let hold = f.disk.hold(Match::reads().touching(counts));
+    let (allocates, _) = start_write_in(&other, &disk, 2 * CLUSTER, CLUSTER, 7);
     settle(&[&f.home, &other]);
     assert_eq!(hold.waiting(), 1, "the mutex is held");
     let locks = stats(&disk).metadata_locks;
     let overwrite = start_write_in(&f.home, &disk, CLUSTER, 512, 5);
     settle(&[&f.home, &other]);
-    assert!(overwrite.0.is_done() && !flushed.is_done());
+    assert!(overwrite.0.is_done() && !allocates.is_done());
     assert_eq!(f.read(&disk, CLUSTER, CLUSTER)[511..513], [5, 8]);
     assert_eq!(stats(&disk).metadata_locks, locks);
     drop(hold);
     settle(&[&f.home, &other]);
-    flushed.take().expect("nothing holds it back").unwrap();
+    allocates.take().expect("nothing holds it back").unwrap();
     f.close(disk);
     other.close();
 }

@@ -73,7 +73,8 @@ impl Cache {
         matches!(self, Self::Writethrough | Self::Directsync)
     }
 
-    fn is_unsafe(self) -> bool {
+    /// Do flushes do nothing?
+    pub fn is_unsafe(self) -> bool {
         self == Self::Unsafe
     }
 }

@@ -338,6 +338,7 @@ fn with_image<R>(backend: &BlockBackend, f: impl FnOnce(&Qcow2) -> R) -> Option<
 
 /// Calls `f` with the driver of an image; unless that is closed.
 fn of_node<R>(node: &Node, f: impl FnOnce(&Qcow2) -> R) -> Option<R> {
-    let driver = node.driver().as_any();
+    let driver = node.driver();
+    let driver = driver.as_any();
     driver.and_then(|any| any.downcast_ref()).map(f)
 }

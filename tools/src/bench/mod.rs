@@ -440,7 +440,8 @@ fn cpu_time() -> Duration {
 
 fn qcow2_stats(backend: &BlockBackend) -> Option<Qcow2Stats> {
     let node = backend.node();
-    let driver = node.driver().as_any()?;
+    let driver = node.driver();
+    let driver = driver.as_any()?;
     driver.downcast_ref::<Qcow2>().map(Qcow2::stats)
 }
 

@@ -87,6 +87,10 @@ fn move_all(
         refuse_unfit(user, to, section)?;
         refuse_two_homes(user, to, future, section)?;
     }
+    for edge in future.edges_that_come() {
+        let user: Arc<dyn Parent> = edge.clone();
+        refuse_two_homes(&user, &edge.below(), future, section)?;
+    }
     let permissions = future.prepare()?;
     // From here on nothing fails.
     permissions.commit();

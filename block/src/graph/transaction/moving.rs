@@ -228,7 +228,8 @@ fn component(start: &Arc<Node>, section: &mut Section<'_>) -> Vec<Arc<Node>> {
         at += 1;
         let above = node.parents(section);
         let above = above.iter().filter_map(|user| user.owner());
-        let below = node.edges().iter().map(|edge| edge.below());
+        let edges = node.edges();
+        let below = edges.iter().map(|edge| edge.below());
         for next in above.chain(below) {
             section.nodes.push(next.clone());
             if !next.requests().is_closed() && seen.insert(Arc::as_ptr(&next).addr()) {
@@ -279,9 +280,14 @@ impl Graph {
 /// Nodes that `new` stand on and that were there before, with their homes.
 fn beside(new: &[Arc<Node>], section: &mut Section<'_>) -> Vec<(Arc<Node>, Arc<AioContext>)> {
     let is_new = |node: &Arc<Node>| new.iter().any(|new| Arc::ptr_eq(new, node));
-    let edges = new.iter().flat_map(|node| node.edges());
-    let beside: Vec<_> = edges
-        .map(|edge| edge.below())
+    let beside: Vec<_> = new
+        .iter()
+        .flat_map(|node| {
+            node.edges()
+                .iter()
+                .map(|edge| edge.below())
+                .collect::<Vec<_>>()
+        })
         .filter(|node| !is_new(node))
         .map(|node| (node.clone(), node.home_context()))
         .collect();
