@@ -518,9 +518,12 @@ fn rule_9_2_no_reuse_of_compressed_data_under_a_read() {
         }
         assert_eq!(seen.get(), Some([7; CLUSTER as usize]));
         f.flush(&disk);
+        // The first one punches its hole, the second one gets it.
         f.write(&disk, 6 * CLUSTER, CLUSTER, 4);
+        f.write(&disk, 7 * CLUSTER, CLUSTER, 5);
         f.flush(&disk);
-        assert_eq!(f.host_of(6 * CLUSTER), old, "afterwards it is handed out");
+        let handed_out = [6, 7].map(|cluster| f.host_of(cluster * CLUSTER));
+        assert!(handed_out.contains(&old), "afterwards it is handed out");
         f.close(disk);
     }
 }

@@ -38,26 +38,6 @@ pub fn trace(value: &OsStr, out: &Output) -> Result<(), String> {
     Ok(())
 }
 
-/// `--object`: there are no types of objects, so any is unknown.
-///
-/// # Errors
-/// The sentence for an object of any type; none when only a list of types was asked for, which is
-/// printed.
-pub fn object(value: &OsStr, out: &mut Output) -> Result<(), String> {
-    let text = value.to_string_lossy();
-    let pairs = Pairs::parse(&text, Some("qom-type"));
-    match pairs.get("qom-type") {
-        Some("help" | "?") => {
-            out.line("List of user creatable objects:");
-            Ok(())
-        }
-        Some(kind) => Err(format!(
-            "Parameter 'qom-type' does not accept value '{kind}'"
-        )),
-        None => Err("Parameter 'qom-type' is missing".to_owned()),
-    }
-}
-
 /// Options that were given as switches, which the reference discourages.
 pub fn warn_switches(pairs: &Pairs, out: &Output) {
     for (given, meant) in &pairs.switches {

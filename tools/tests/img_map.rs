@@ -26,6 +26,13 @@ fn command_lines_that_are_wrong() {
         "map --image-opts -f qcow2 base",
         "map --object foo raw",
         "map --object foo,id=x raw",
+        "map --object throttle-group raw",
+        "map --object throttle-group,id=g,x-iops-total=-1 raw",
+        "map --object throttle-group,id=g --object throttle-group,id=g raw",
+        "map --object throttle-group,id=g -f raw raw",
+        "map --image-opts driver=throttle,throttle-group=g,file.driver=file,file.filename=raw",
+        "map --object throttle-group,id=g --image-opts \
+         driver=throttle,throttle-group=g,file.driver=file,file.filename=raw",
         "map -s x raw",
         "map -s -1 raw",
         "map -s 8E raw",

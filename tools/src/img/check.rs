@@ -41,7 +41,7 @@ pub(super) const COMMAND: Command = Command {
   -r, --repair leaks|all
      refused: repair is not available
   --object OBJDEF
-     refused: there are no types of objects",
+     limits that driver=throttle names: throttle-group,id=NAME,x-iops-total=N and so on",
     run,
 };
 
@@ -100,7 +100,7 @@ fn run(call: &mut Call<'_>) -> Result<u8, Failure> {
                 return Err(Failure::Usage(with_name(problem, &value, "'")));
             }
             Id::Output => output = Format::parse(&value)?,
-            Id::Object => return Err(super::object(&value, call.out)),
+            Id::Object => call.define(Some(value))?,
             Id::ImageOpts => image_opts = true,
             Id::ForceShare => force_share = true,
         }
@@ -118,7 +118,7 @@ fn run(call: &mut Call<'_>) -> Result<u8, Failure> {
             .into());
     }
     let spec = super::image_spec(call, &image, naming)?;
-    let session = Session::new(Engine::Auto)?;
+    let session = call.session(Engine::Auto)?;
     let access = Access {
         force_share,
         cache,

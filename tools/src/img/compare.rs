@@ -52,7 +52,7 @@ pub(super) const COMMAND: Command = Command {
   -U, --force-share
      open the images even if somebody else is writing to them
   --object OBJDEF
-     refused: there are no types of objects
+     limits that driver=throttle names: throttle-group,id=NAME,x-iops-total=N and so on
 
 Exit status: 0 equal, 1 different, 2 an image could not be opened, 3 an image could not say what is
 allocated, 4 an image could not be read.",
@@ -135,10 +135,7 @@ fn run(call: &mut Call<'_>) -> Result<u8, Failure> {
             Id::Progress => progress = true,
             Id::Quiet => plan.quiet = true,
             Id::Strict => plan.strict = true,
-            Id::Object => {
-                let refused = super::object(&value.unwrap_or_default(), call.out);
-                return Err(not_opened(refused));
-            }
+            Id::Object => call.define(value).map_err(not_opened)?,
             Id::ImageOpts => plan.image_opts = true,
             Id::ForceShare => plan.force_share = true,
         }
@@ -187,7 +184,7 @@ fn compare(call: &mut Call<'_>, plan: &Plan, progress: &mut Progress) -> Result<
     } else {
         Engine::Threads
     };
-    let session = Session::new(engine)?;
+    let session = call.session(engine)?;
     let opened = session
         .home
         .run(|co| open_both(co, &session, &specs, access));

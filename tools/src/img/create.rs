@@ -43,7 +43,7 @@ pub(super) const COMMAND: Command = Command {
   -u, --backing-unsafe
      do not look at the backing file
   --object OBJDEF
-     refused: there are no types of objects
+     limits that driver=throttle names: throttle-group,id=NAME,x-iops-total=N and so on
   SIZE
      size of the disk; without it that of the backing file",
     run,
@@ -94,7 +94,7 @@ fn run(call: &mut Call<'_>) -> Result<u8, Failure> {
         match id {
             Id::Help => return Err(call.help()),
             Id::Quiet => given.quiet = true,
-            Id::Object => return Err(super::object(&value.unwrap_or_default(), call.out)),
+            Id::Object => call.define(value)?,
             Id::Format => given.format = text(value),
             Id::Backing => given.backing = Some(text(value)),
             Id::BackingFormat => given.backing_format = Some(text(value)),
@@ -220,7 +220,7 @@ fn create(call: &mut Call<'_>, filename: &str, given: &Given) -> Result<(), Stri
             options.set(key, value)?;
         }
     }
-    let session = Session::new(Engine::Auto)?;
+    let session = call.session(Engine::Auto)?;
     let result = look_at_backing(&session, filename, given, &mut options).and_then(|()| {
         if options.number("size").is_none_or(|size| size == u64::MAX) {
             return Err("Image creation needs a size parameter".into());

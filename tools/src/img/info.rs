@@ -42,7 +42,7 @@ pub(super) const COMMAND: Command = Command {
   --output human|json
      how to print (human)
   --object OBJDEF
-     refused: there are no types of objects",
+     limits that driver=throttle names: throttle-group,id=NAME,x-iops-total=N and so on",
     run,
 };
 
@@ -80,7 +80,7 @@ fn run(call: &mut Call<'_>) -> Result<u8, Failure> {
             Id::Format => format = Some(text(value)),
             Id::Output => output = Format::parse(&value.unwrap_or_default())?,
             Id::BackingChain => chain = true,
-            Id::Object => return Err(super::object(&value.unwrap_or_default(), call.out)),
+            Id::Object => call.define(value)?,
             Id::ImageOpts => image_opts = true,
             Id::ForceShare => force_share = true,
         }
@@ -129,7 +129,7 @@ fn collect(
         let why = format!("Block format 'qcow2' does not support the option '{key}'");
         return Err(could_not_open(&spec.shown, &why).into());
     }
-    let session = Session::new(Engine::Auto)?;
+    let session = call.session(Engine::Auto)?;
     let access = Access {
         force_share,
         alone: true,

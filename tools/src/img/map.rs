@@ -41,7 +41,7 @@ pub(super) const COMMAND: Command = Command {
   --output human|json
      how to print (human)
   --object OBJDEF
-     refused: there are no types of objects",
+     limits that driver=throttle names: throttle-group,id=NAME,x-iops-total=N and so on",
     run,
 };
 
@@ -79,7 +79,7 @@ fn run(call: &mut Call<'_>) -> Result<u8, Failure> {
             Id::Help => return Err(call.help()),
             Id::Format => format = Some(text(value)),
             Id::Output => output = Format::parse(&value.unwrap_or_default())?,
-            Id::Object => return Err(super::object(&value.unwrap_or_default(), call.out)),
+            Id::Object => call.define(value)?,
             Id::ImageOpts => image_opts = true,
             Id::StartOffset => start = size("start offset", value)?,
             Id::MaxLength => max_length = size("max length", value)?,
@@ -93,7 +93,7 @@ fn run(call: &mut Call<'_>) -> Result<u8, Failure> {
         force_share,
         ..Access::READ
     };
-    let session = Session::new(Engine::Auto)?;
+    let session = call.session(Engine::Auto)?;
     let mut printer = Printer {
         out: call.out,
         format: output,

@@ -22,6 +22,8 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 
 use crate::getopt::{Getopt, Opt, Order, UsageError};
+use crate::objects::{Next, Objects};
+use crate::open::{Engine, Session};
 use crate::output::{FAILURE, Output, with_name};
 use crate::spec::{ImageSpec, Naming, could_not_open};
 use crate::standard::{self, FORMATS, trace, version_line};
@@ -54,6 +56,8 @@ struct Call<'a> {
     words: Vec<OsString>,
     out: &'a mut Output,
     command: &'static Command,
+    /// What the command line defined.
+    objects: Objects,
 }
 
 /// Why a command ends early.
@@ -142,6 +146,7 @@ pub fn run(words: Vec<OsString>, out: &mut Output) -> u8 {
         words: words.collect(),
         out,
         command,
+        objects: Objects::default(),
     };
     let result = (command.run)(&mut call);
     let out = call.out;
@@ -226,11 +231,24 @@ fn one_image(operands: Vec<OsString>) -> Result<OsString, Failure> {
         .map_err(|_| Failure::Usage(b"Expecting one image file name".to_vec()))
 }
 
-/// `--object`: there are no types of objects.
-fn object(value: &OsStr, out: &mut Output) -> Failure {
-    match standard::object(value, out) {
-        Ok(()) => Failure::Done,
-        Err(message) => message.into(),
+impl Call<'_> {
+    /// `--object`.
+    ///
+    /// # Errors
+    /// The reference's sentence; [`Failure::Done`] after help.
+    fn define(&mut self, value: Option<OsString>) -> Result<(), Failure> {
+        match self.objects.define(&value.unwrap_or_default(), self.out) {
+            Ok(Next::GoOn) => Ok(()),
+            Ok(Next::End) => Err(Failure::Done),
+            Err(message) => Err(message.into()),
+        }
+    }
+
+    /// A graph for the images of the command, which finds its objects.
+    fn session(&self, engine: Engine) -> Result<Session, String> {
+        let session = Session::new(engine)?;
+        self.objects.add_to(&session.graph);
+        Ok(session)
     }
 }
 

@@ -62,19 +62,22 @@ impl Transaction {
                 return Err(Error::new(ErrorKind::Invalid, message));
             }
         }
-        let mut all = node.options();
-        all.overlay(changes.clone());
-        if let Some(inherited) = inherited {
-            all.inherit(&inherited.options());
-        }
-        let switch =
-            |key: &str, now: bool| -> Result<bool> { Ok(all.get_bool(key)?.unwrap_or(now)) };
+        // The parent's word counts where neither now nor at open anything else was said.
+        let given = node.options();
+        let from_parent = inherited.map(Inherited::options).unwrap_or_default();
+        let switch = |key: &str, now: bool| -> Result<bool> {
+            let mut to = changes.get_bool(key)?;
+            if to.is_none() && !given.has(key) {
+                to = from_parent.get_bool(key)?;
+            }
+            Ok(to.unwrap_or(now))
+        };
         let switches = Inherited {
             read_only: switch("read-only", node.is_read_only())?,
             direct: switch("cache.direct", node.is_direct())?,
             no_flush: switch("cache.no-flush", node.skips_flushes())?,
             force_share: node.force_share,
-            discard: take_discard(&mut all.clone())?.unwrap_or_else(|| node.passes_discards()),
+            discard: take_discard(&mut changes)?.unwrap_or_else(|| node.passes_discards()),
         };
         let discard = switches.discard;
         let changed = |to: bool, now: bool| (to != now).then_some(to);
@@ -82,7 +85,7 @@ impl Transaction {
         to.direct = changed(switches.direct, node.is_direct());
         to.no_flush = changed(switches.no_flush, node.skips_flushes());
         to.discard = changed(discard, node.passes_discards());
-        for key in ["read-only", "cache.direct", "cache.no-flush", "discard"] {
+        for key in ["read-only", "cache.direct", "cache.no-flush"] {
             changes.take(key);
         }
         if node.force_share && !switches.read_only {
@@ -100,7 +103,6 @@ impl Transaction {
                 return Err(Error::new(ErrorKind::Invalid, message));
             }
         }
-        let given = node.options();
         let same: Vec<_> = changes
             .keys()
             .filter(|key| changes.get(key).is_some() && changes.get(key) == given.get(key))
