@@ -61,7 +61,7 @@ fn rule_8_2_an_image_becomes_read_only_and_writable_again() {
     assert!(node.is_read_only());
     assert_eq!(word(&f.disk, INCOMPATIBLE), 0, "clean");
     assert_eq!(f.disk.peek(REFCOUNT_BLOCK + 2 * 6, 2), [0, 1], "counted");
-    assert_eq!(f.read(&disk, 0, 2 * CLUSTER)[CLUSTER as usize], 0x22);
+    assert_eq!(f.read(&disk, CLUSTER, 1), [0x22]);
     let data = vec![0; 512];
     let refused = f
         .home
@@ -74,10 +74,7 @@ fn rule_8_2_an_image_becomes_read_only_and_writable_again() {
     assert_eq!(word(&f.disk, AUTOCLEAR), 0);
     may_write(&disk, true).unwrap();
     f.write(&disk, 0, 2 * CLUSTER, 0x33);
-    assert_eq!(
-        f.read(&disk, 0, 2 * CLUSTER),
-        vec![0x33; 2 * CLUSTER as usize]
-    );
+    assert!(f.read(&disk, 0, 2 * CLUSTER).iter().all(|&b| b == 0x33));
     drop(node);
     close(f, disk);
 }
