@@ -24,7 +24,7 @@ use crate::types::Version;
 /// instead of what the image says; empty: none is opened); `cache-size`, `l2-cache-size`,
 /// `refcount-cache-size` and `l2-cache-entry-size` (bytes); `cache-clean-interval` (seconds, 600);
 /// `request-mode` (`mutex` or `serial`, see [`RequestMode`](crate::RequestMode)); `lazy-refcounts`
-/// (what the image says; see [`Tuning`](crate::Tuning)); `pass-discard-request` and
+/// (what the image says; see [`Tuning`]); `pass-discard-request` and
 /// `pass-discard-snapshot` (on), `pass-discard-other` (off): see
 /// [`PassDiscard`](crate::PassDiscard); `overlap-check` or `overlap-check.template` (`none`,
 /// `constant`, `cached`, `all`) and `overlap-check.STRUCTURE` (`on`, `off`): see
