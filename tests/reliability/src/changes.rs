@@ -276,7 +276,7 @@ fn refused(co: &Co, backend: &Arc<BlockBackend>, image: &Arc<Node>) -> block::Re
         "a transaction that ended with {result:?} has changed the graph"
     );
     match result {
-        Err(error) if error.kind() == ErrorKind::NotSupported => Ok(()),
+        Err(error) if error.kind() == ErrorKind::ReadOnly => Ok(()),
         Err(error) => Err(error),
         Ok(()) => panic!("an image that is written to became read-only"),
     }
