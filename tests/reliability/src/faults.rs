@@ -32,7 +32,7 @@ use super::play::{Played, Stage, play, play_on, play_with};
 use super::power_cuts;
 use super::rng::Rng;
 use super::script::{Op, Script};
-use super::swarm::{self, Params};
+use super::swarm::Params;
 
 /// This part.
 pub const PART: Part = Part {
@@ -254,18 +254,9 @@ pub fn pairs(script: &Script) -> Verdict<Vec<Failure>> {
     Ok((0..all).flat_map(second).collect())
 }
 
-/// The workload of a seed: that of the power cuts, some of them with several queues, flags and
-/// resizes.
+/// The workload of a seed: that of the power cuts.
 pub fn workload(seed: u64) -> Script {
-    let (mut script, mut rng) = power_cuts::draw(seed);
-    script.setting.queues = rng.pick(&[1, 1, 2, 3]);
-    if rng.chance(40) {
-        swarm::add_flags(&mut script, &mut rng);
-    }
-    if rng.chance(30) {
-        swarm::add_resizes(&mut script, &mut rng, 1);
-    }
-    script
+    power_cuts::workload(seed)
 }
 
 /// A run on a disk of a megabyte or more: half of it is full, then it changes, gets shorter and

@@ -10,7 +10,7 @@ use super::part::{Figure, Part, Plan, Report};
 use super::play::play;
 use super::rng::Rng;
 use super::script::Script;
-use super::swarm::Params;
+use super::swarm::{self, Params};
 
 /// This part.
 pub const PART: Part = Part {
@@ -28,13 +28,8 @@ const SAMPLE: Sample = Sample {
     per_place: 0,
 };
 
-/// The workload of a seed.
+/// The workload of a seed; some with several queues, flags and resizes.
 pub fn workload(seed: u64) -> Script {
-    draw(seed).0
-}
-
-/// The same, and the generator, for who draws more.
-pub fn draw(seed: u64) -> (Script, Rng) {
     let mut rng = Rng::new(seed ^ 0xbac4);
     let mut script = Params::draw_short(seed).script();
     let setting = &mut script.setting;
@@ -48,7 +43,14 @@ pub fn draw(seed: u64) -> (Script, Rng) {
         let at = usize::try_from(rng.below(script.ops.len() as u64)).expect("an index");
         script.ops.insert(at, super::script::Op::Reopen);
     }
-    (script, rng)
+    script.setting.queues = rng.pick(&[1, 1, 2, 3]);
+    if rng.chance(40) {
+        swarm::add_flags(&mut script, &mut rng);
+    }
+    if rng.chance(30) {
+        swarm::add_resizes(&mut script, &mut rng, 1);
+    }
+    script
 }
 
 /// Plays a script and cuts the power everywhere.
