@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::node::{Edges, Node};
 use crate::types::{Perm, Permissions};
 use coblock_aio::AioContext;
+use coblock_coroutine::mutant;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -302,7 +303,10 @@ fn refuse_conflicts(node: &Node, users: &[(Arc<dyn Parent>, Permissions)]) -> Re
     for (unshares, has) in users {
         for (requires, wants) in users {
             let conflict = wants.held - has.shared;
-            if Arc::ptr_eq(unshares, requires) || conflict.is_empty() {
+            if Arc::ptr_eq(unshares, requires)
+                || conflict.is_empty()
+                || mutant!("permissions are taken that others do not share")
+            {
                 continue;
             }
             let names: Vec<_> = (0..Perm::BITS)

@@ -27,7 +27,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::node::{Node, close_unused};
 use crate::types::ChildRole;
 use coblock_aio::AioContext;
-use coblock_coroutine::{Co, Hold, ThreadLock};
+use coblock_coroutine::{Co, Hold, ThreadLock, mutant};
 use commit::commit;
 use moving::Moving;
 use reopen::Reopening;
@@ -430,6 +430,9 @@ impl Transaction {
         for node in left {
             node.flush(co, &self.graph.read(co))?;
         }
+        if mutant!("a transaction lets its nodes go too early") {
+            sections.clear();
+        }
         Ok(sections)
     }
 
@@ -461,7 +464,9 @@ impl Transaction {
             match attempt {
                 Some(result) => break result,
                 None => {
-                    while self.graph.writers.lock().left == seen {
+                    while self.graph.writers.lock().left == seen
+                        || mutant!("a reader that leaves wakes no transaction")
+                    {
                         co.suspend();
                     }
                 }

@@ -5,7 +5,7 @@ use crate::graph::GraphRead;
 use crate::node::Node;
 use crate::request_table::RequestKind;
 use crate::types::{MAX_LENGTH, Preallocation, RequestFlags};
-use coblock_coroutine::Co;
+use coblock_coroutine::{Co, mutant};
 use std::sync::atomic::Ordering;
 
 impl Node {
@@ -110,6 +110,9 @@ impl Node {
         let Some(filtered) = driver.filtered() else {
             return false;
         };
+        if mutant!("a filter keeps its length") {
+            return false;
+        }
         filtered.follow(filtered.file().below().len());
         let now = driver.len();
         self.len.swap(now, Ordering::AcqRel) != now

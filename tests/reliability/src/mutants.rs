@@ -23,6 +23,7 @@ pub enum Area {
     Refcounts,
     Cache,
     Locks,
+    Graph,
 }
 
 /// Every mutant, by the name at its place in the sources.
@@ -85,6 +86,15 @@ pub const ALL: &[(Area, &str)] = &[
     (Area::Locks, "the turn of the throttled is not passed on"),
     (Area::Locks, "unshared bytes are not locked"),
     (Area::Locks, "nobody looks who else has the file"),
+    (Area::Graph, "the end of a section lets nobody go on"),
+    (Area::Graph, "a reader that leaves wakes no transaction"),
+    (Area::Graph, "a transaction lets its nodes go too early"),
+    (Area::Graph, "a user stays with the node that it leaves"),
+    (Area::Graph, "a filter keeps its length"),
+    (
+        Area::Graph,
+        "permissions are taken that others do not share",
+    ),
 ];
 
 /// How long the hunters may take where there is no mutant.
@@ -284,7 +294,7 @@ mod tests {
             *kinds.entry(*area).or_insert(0) += 1;
         }
         assert!(
-            kinds.len() == 4 && kinds.values().all(|many| *many >= 5),
+            kinds.len() == 5 && kinds.values().all(|many| *many >= 5),
             "{kinds:?}"
         );
         assert!(listed.len() >= 20);

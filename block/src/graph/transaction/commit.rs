@@ -8,6 +8,7 @@ use crate::graph::GraphWrite;
 use crate::graph::permissions::Future;
 use crate::node::Node;
 use crate::types::ChildRole;
+use coblock_coroutine::mutant;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -142,7 +143,10 @@ fn move_user(
         to.name(),
         user.edge_name()
     );
-    let from = user.end().replace(write, to.clone());
+    let from = match mutant!("a user stays with the node that it leaves") {
+        true => user.end().now(),
+        false => user.end().replace(write, to.clone()),
+    };
     from.leave(&**user);
     to.enter(user);
     if !to.is_drained() {
