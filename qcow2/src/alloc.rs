@@ -303,7 +303,7 @@ impl Qcow2 {
             }
         }
         if self.passes(Discards::Other) {
-            self.give_back(co, graph, free);
+            self.give_back(co, graph, &free);
         }
         Ok(())
     }
@@ -414,7 +414,12 @@ impl Qcow2 {
             return Ok(());
         }
         let start = |cluster: &HostCluster| self.geometry.host_start(*cluster).0;
-        self.give_back(co, graph, batch.iter().map(start).collect());
+        let mut starts: Vec<_> = batch.iter().map(start).collect();
+        starts.sort_unstable();
+        let late = mutant!("clusters are free before their holes are punched");
+        if !late {
+            self.give_back(co, graph, &starts);
+        }
         let mut meta = self.meta.lock(co);
         let mut result = Ok(());
         while let Some(cluster) = batch.pop() {
@@ -429,14 +434,18 @@ impl Qcow2 {
                 }
             }
         }
+        drop(meta);
+        if late {
+            self.give_back(co, graph, &starts);
+        }
         result
     }
 
-    /// Returns the space of clusters that nobody gets meanwhile to the file system.
-    fn give_back(&self, co: &Co, graph: &GraphRead<'_>, mut clusters: Vec<u64>) {
-        clusters.sort_unstable();
+    /// Returns the space of clusters, in the order of the file, that nobody gets meanwhile to the
+    /// file system.
+    fn give_back(&self, co: &Co, graph: &GraphRead<'_>, clusters: &[u64]) {
         let size = self.geometry.cluster_size();
-        let mut rest = &clusters[..];
+        let mut rest = clusters;
         while let Some(&start) = rest.first() {
             let in_row = (0u64..)
                 .zip(rest)

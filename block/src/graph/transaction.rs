@@ -306,7 +306,9 @@ impl Transaction {
                 moving.abort(co);
             }
             for action in actions[..prepared].iter_mut().rev() {
-                action.abort(co);
+                if !mutant!("an abort leaves what was prepared") {
+                    action.abort(co);
+                }
             }
         } else {
             for moving in moves {

@@ -1,6 +1,8 @@
 //! Small workloads with their oracles, for hunting mutants: the first ones take milliseconds, the
 //! last ones go wherever the swarm leads.
 
+mod graph;
+
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -8,8 +10,7 @@ use std::sync::Arc;
 use coblock::aio::EngineKind;
 use coblock::block::drivers::sim::{Match, SimDisk};
 use coblock::block::{
-    BlockBackend, DenyAll, ErrorKind, Options, Perm, Permissions, RequestFlags, RequestKind,
-    RequestTable,
+    BlockBackend, DenyAll, ErrorKind, Options, RequestFlags, RequestKind, RequestTable,
 };
 use coblock::coroutine::CoQueue;
 use coblock::qcow2::header::Header;
@@ -33,7 +34,10 @@ pub const ALL: &[Hunter] = &[
     ("a reader of a freed cluster", 1, reader_of_a_freed_cluster),
     ("a pass during a flush", 1, pass_during_a_flush),
     ("limits", 1, limits),
-    ("permissions", 1, permissions),
+    ("permissions", 1, graph::permissions),
+    ("steps of a transaction", 1, graph::steps),
+    ("a transaction that fails", 1, graph::abort),
+    ("the last reader", 1, graph::last_reader),
     ("former seeds", FORMER.len() as u64, former_seed),
     ("simulated seeds", 24, simulated),
     ("power cuts", 24, power_cut),
@@ -351,28 +355,6 @@ fn limits(_: u64) -> Verdict {
     match play(&script).now_ns {
         300_000_000.. => Ok(()),
         early => Err(format!("100 requests after {early} ns")),
-    }
-}
-
-/// A user that lets nobody write, beside one that writes.
-fn permissions(_: u64) -> Verdict {
-    let session = sim::session();
-    let options = Options::new()
-        .with("driver", "sim")
-        .with_object("disk", SimDisk::new(4096));
-    let writer = session.open(options, &DenyAll).map_err(|e| e.to_string())?;
-    let alone = Permissions {
-        held: Perm::CONSISTENT_READ,
-        shared: Perm::all() - Perm::WRITE,
-    };
-    let other = BlockBackend::with_permissions(&session.graph, writer.node(), alone);
-    let kind = other.as_ref().err().map(|error| error.kind());
-    drop(other);
-    session.close(writer);
-    session.end();
-    match kind {
-        Some(ErrorKind::Conflict) => Ok(()),
-        other => Err(format!("a conflict of permissions: {other:?}")),
     }
 }
 

@@ -47,6 +47,10 @@ pub const ALL: &[(Area, &str)] = &[
     (Area::Refcounts, "freed clusters do not wait for a flush"),
     (Area::Refcounts, "clusters are freed under their readers"),
     (Area::Refcounts, "freed clusters are forgotten"),
+    (
+        Area::Refcounts,
+        "clusters are free before their holes are punched",
+    ),
     (Area::Refcounts, "a count above one goes to zero"),
     (
         Area::Refcounts,
@@ -91,6 +95,7 @@ pub const ALL: &[(Area, &str)] = &[
     (Area::Graph, "a transaction lets its nodes go too early"),
     (Area::Graph, "a user stays with the node that it leaves"),
     (Area::Graph, "a filter keeps its length"),
+    (Area::Graph, "an abort leaves what was prepared"),
     (
         Area::Graph,
         "permissions are taken that others do not share",
