@@ -214,7 +214,33 @@ fn missing(tool: &Tool, host: &str) -> Result<Option<String>, String> {
             "no rust-src; `rustup component add rust-src` brings it".into(),
         ));
     }
+    if tool.builds_std {
+        let mut fetch = Command::new("cargo");
+        fetch
+            .args(["fetch", "--quiet", "--locked", "--manifest-path"])
+            .arg(sources.join("Cargo.toml"))
+            .env("RUSTC_BOOTSTRAP", "1");
+        let fetched = fetch.status().map_err(|e| format!("cargo: {e}"))?;
+        if !fetched.success() {
+            return Ok(Some(
+                "what the standard library is built of is not to be had".into(),
+            ));
+        }
+    }
     Ok(None)
+}
+
+/// What the sanitizer's runtime says, if it cannot even start `program` on this machine.
+fn refuses(tool: &Tool, program: &Program) -> Result<Option<String>, String> {
+    let listed = Command::new(&program.path)
+        .arg("--list")
+        .output()
+        .map_err(|e| format!("{}: {e}", program.path.display()))?;
+    let said = String::from_utf8_lossy(&listed.stderr);
+    let fatal = format!("{}: ", tool.name);
+    let mut lines = said.lines();
+    let line = lines.find(|line| line.contains("FATAL") && line.contains(&fatal));
+    Ok(line.filter(|_| !listed.status.success()).map(str::to_owned))
 }
 
 /// Builds and runs test programs with a sanitizer. The option is one of nightly compilers; the
@@ -252,7 +278,14 @@ fn sanitizer(tool: &Tool, wanted: &Wanted<'_>) -> Outcome {
             tool.arguments
         });
     let (mut ran, mut failed) = (0, Vec::new());
-    for program in programs(&mut build)? {
+    let programs = programs(&mut build)?;
+    if let Some(program) = programs.first()
+        && let Some(why) = refuses(tool, program)?
+    {
+        println!("SKIPPED: {name}: {why}");
+        return Ok(());
+    }
+    for program in programs {
         if !wanted.wants(&program.name) {
             continue;
         }
