@@ -452,6 +452,16 @@ fn a_transaction_is_run_from_anywhere() {
     end(world, backend);
 }
 
+/// Another home on this thread, stepped by the test, by the clock of `world`.
+fn queue(world: &World) -> Home {
+    Home::new(ContextOptions {
+        engine: EngineKind::None,
+        clock: coblock_aio::Clock::Virtual(world.clock.clone().unwrap()),
+        ..ContextOptions::named("queue")
+    })
+    .unwrap()
+}
+
 /// Several homes stepped on one thread: a home that is not stepped does not hold a transaction up
 /// unless it reads, and then no longer than it does.
 #[test]
@@ -460,12 +470,7 @@ fn a_transaction_waits_for_readers_of_homes_that_are_stepped() {
     let (_, backend) = disk(&world, "disk");
     let (top, _) = filter(&world, "filter", "disk");
     let (sim_disk, reader) = disk(&world, "unrelated");
-    let queue = Home::new(ContextOptions {
-        engine: EngineKind::None,
-        clock: coblock_aio::Clock::Virtual(world.clock.clone().unwrap()),
-        ..ContextOptions::named("queue")
-    })
-    .unwrap();
+    let queue = queue(&world);
     let hold = sim_disk.hold(Match::reads());
     queue.spawn("reader", {
         let reader = reader.clone();
@@ -713,12 +718,7 @@ fn rule_7_5_the_last_reader_wakes_a_transaction() {
     let (_, backend) = disk(&world, "disk");
     let (top, _) = filter(&world, "filter", "disk");
     let (sim_disk, reader) = disk(&world, "unrelated");
-    let queue = Home::new(ContextOptions {
-        engine: EngineKind::None,
-        clock: coblock_aio::Clock::Virtual(world.clock.clone().unwrap()),
-        ..ContextOptions::named("queue")
-    })
-    .unwrap();
+    let queue = queue(&world);
     let settle_queue = || while queue.poll(false) {};
     let [first, second] = [0, 512].map(|offset| {
         let hold = sim_disk.hold(Match::reads().touching(offset..offset + 512));

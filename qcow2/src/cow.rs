@@ -166,8 +166,9 @@ impl Qcow2 {
             result => {
                 // What the allocation above found to be free is not on its list for long.
                 if let Err(error) = self.punch_holes(co, graph) {
-                    // Not this write's: they stay on a list, and the next flush tells.
-                    log::warn!("freed clusters stay counted for now: {error}");
+                    // Not this write's error, which has succeeded or has its own. They are on the
+                    // list of `lower_durable` again: the next flush does it, or fails.
+                    log::warn!("freed clusters keep their counts until the next flush: {error}");
                 }
                 result.map(|_| cow.len)
             }
