@@ -1,7 +1,14 @@
-//! The second door: what a driver does for its node, and how drivers are found.
+//! The second door: what a driver does for its node.
 //!
 //! A driver gets requests that were checked, tracked, aligned and split for it, and sends its own
 //! to its children. It never sees its own node, so it cannot send a request to it (rule 2.7).
+//! `registry` has how drivers are found, `status` what they say of a range.
+
+mod registry;
+mod status;
+
+pub use registry::{DriverRegistry, OpenDriver};
+pub use status::{DriverStatus, Place, Precision};
 
 use crate::child::Child;
 use crate::drivers::filtered::Filtered;
@@ -9,13 +16,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::graph::{GraphRead, GraphWrite};
 use crate::io::{Copied, CopySource, CopyTarget};
-use crate::open::Opening;
 use crate::options::Options;
 use crate::types::{ChildRole, FileId, Limits, Permissions, Preallocation, RequestFlags};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::Co;
-use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Arc;
 
 /// What a driver does for its node. All calls come in the context in which the request runs, many
@@ -266,7 +270,8 @@ pub trait Driver: Send + Sync + 'static {
     /// The node has the home `to`, and is still drained: they come there. Called there, outside of
     /// coroutines; neither waits nor fails: what cannot be had is as a connection that broke.
     ///
-    /// The first home is [`Opening::home_context`], where `open` itself puts them.
+    /// The first home is [`Opening::home_context`](crate::Opening::home_context), where `open`
+    /// itself puts them.
     fn attach_context(&self, to: &Arc<AioContext>) {
         let _ = to;
     }
@@ -373,7 +378,7 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Takes a file that the image names, opened through the gate. Called between
     /// [`OpenDriver::open`] and the first request, for each name that was given to
-    /// [`Opening::dependent`].
+    /// [`Opening::dependent`](crate::Opening::dependent).
     ///
     /// # Errors
     /// What makes the image unusable with it.
@@ -466,169 +471,5 @@ impl Changes<'_> {
     /// The child in that role.
     pub fn child(&self, role: ChildRole) -> Option<&Arc<Child>> {
         self.edges.iter().find(|edge| edge.role() == role)
-    }
-}
-
-/// How much a question about block status may cost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// Finds zeros wherever that is possible without reading.
-    Zeroes,
-    /// Only which layer holds the range: nobody looks into a file for holes.
-    Allocation,
-}
-
-/// Where the bytes are that a driver tells of.
-#[derive(Clone, Copy, Debug)]
-pub enum Place<'g> {
-    /// Nowhere, or not byte for byte.
-    Nowhere,
-    /// At this offset of the node itself: of drivers with no node below.
-    Here(u64),
-    /// In a child.
-    In {
-        /// In which.
-        child: &'g Child,
-        /// From this byte of it on.
-        offset: u64,
-    },
-    /// The driver is a filter here: the answer is what this child says of these bytes.
-    Through {
-        /// Who is asked.
-        child: &'g Child,
-        /// From this byte of it on.
-        offset: u64,
-    },
-}
-
-/// What a driver says about the first bytes of a range.
-///
-/// Neither `data` nor `zero` means that the layer holds nothing there: a format's backing file
-/// decides.
-#[derive(Clone, Copy, Debug)]
-pub struct DriverStatus<'g> {
-    /// Of how many bytes this is true, at least one.
-    pub len: u64,
-    /// They are stored.
-    pub data: bool,
-    /// They read as zeros.
-    pub zero: bool,
-    /// They are stored compressed.
-    pub compressed: bool,
-    /// Where.
-    pub place: Place<'g>,
-}
-
-impl<'g> DriverStatus<'g> {
-    /// Not held by this layer.
-    pub fn unallocated(len: u64) -> Self {
-        DriverStatus {
-            len,
-            data: false,
-            zero: false,
-            compressed: false,
-            place: Place::Nowhere,
-        }
-    }
-
-    /// Stored, nobody knows where.
-    pub fn data(len: u64) -> Self {
-        DriverStatus {
-            data: true,
-            ..Self::unallocated(len)
-        }
-    }
-
-    /// Zeros.
-    pub fn zero(len: u64) -> Self {
-        DriverStatus {
-            zero: true,
-            ..Self::unallocated(len)
-        }
-    }
-
-    /// What `child` says of its bytes from `offset` on.
-    pub fn through(child: &'g Child, offset: u64, len: u64) -> Self {
-        Self::unallocated(len).placed(Place::Through { child, offset })
-    }
-
-    /// The same with a place.
-    #[must_use]
-    pub fn placed(self, place: Place<'g>) -> Self {
-        DriverStatus { place, ..self }
-    }
-}
-
-/// Makes drivers for nodes: what is registered under a name.
-pub trait OpenDriver: Send + Sync {
-    /// Opens a driver. Takes the options that it knows out of [`Opening::options`]; suspends.
-    ///
-    /// Children are opened first ([`Opening::open_child`]); to read from them take a guard from
-    /// [`Opening::graph`] afterwards, and give it up before the next child is opened.
-    ///
-    /// # Errors
-    /// Whatever keeps the node from being used; children opened so far are closed.
-    fn open(&self, co: &Co, opening: &mut Opening<'_>) -> Result<Box<dyn Driver>>;
-}
-
-/// The drivers of a program, by name. The program makes it; there is no global one.
-#[derive(Default)]
-pub struct DriverRegistry {
-    map: BTreeMap<&'static str, Box<dyn OpenDriver>>,
-}
-
-impl DriverRegistry {
-    /// Without any driver.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// With the drivers of this crate: `copy-on-read`, `file`, `raw`, `null-co`, `sim` and `throttle`.
-    pub fn with_builtin() -> Self {
-        let mut registry = Self::new();
-        registry.register(
-            "copy-on-read",
-            Box::new(crate::drivers::copy_on_read::OpenCopyOnRead),
-        );
-        registry.register("file", Box::new(crate::drivers::file::OpenFile));
-        registry.register("raw", Box::new(crate::drivers::raw::OpenRaw));
-        registry.register("null-co", Box::new(crate::drivers::null::OpenNull));
-        registry.register("sim", Box::new(crate::drivers::sim::OpenSim));
-        registry.register("throttle", Box::new(crate::drivers::throttle::OpenThrottle));
-        registry
-    }
-
-    /// Adds a driver.
-    ///
-    /// # Panics
-    /// When the name is taken.
-    pub fn register(&mut self, name: &'static str, driver: Box<dyn OpenDriver>) {
-        let before = self.map.insert(name, driver);
-        assert!(before.is_none(), "two drivers are registered as '{name}'");
-    }
-
-    /// Names of all drivers, sorted.
-    pub fn names(&self) -> impl Iterator<Item = &'static str> {
-        self.map.keys().copied()
-    }
-
-    /// The driver of that name.
-    ///
-    /// # Errors
-    /// `UnknownDriver`.
-    pub fn find(&self, name: &str) -> Result<&dyn OpenDriver> {
-        match self.map.get(name) {
-            Some(driver) => Ok(&**driver),
-            None => Err(Error::new(
-                ErrorKind::UnknownDriver,
-                format!("Unknown driver '{name}'"),
-            )),
-        }
-    }
-}
-
-impl fmt::Debug for DriverRegistry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.map.keys()).finish()
     }
 }

@@ -5,12 +5,13 @@
 //! around the page cache.
 //!
 //! Requests run in whatever context the coroutine is in; the file itself belongs to none. The
-//! driver grows the file by `ahead`, has the lock bytes of `locks`, the alignment that `probe`
-//! found, and knows holes by `extents`.
+//! driver has the file that `opened` made, grows it by `ahead`, has the lock bytes of `locks`, the
+//! alignment that `probe` found, and knows holes by `extents`.
 
 mod ahead;
 mod extents;
 mod locks;
+mod opened;
 mod probe;
 mod queue;
 
@@ -27,16 +28,17 @@ use crate::types::{
     align_down, align_up, bytes, in_memory,
 };
 use ahead::Ahead;
-use coblock_aio::{AlignedBuf, IoVec, IoVecMut, Medium};
+use coblock_aio::{AlignedBuf, IoVec, IoVecMut};
 use coblock_coroutine::{Co, ThreadLock};
 use locks::Held;
+use opened::{Opened, Wanted, could_not_open};
 use probe::{Alignment, Found};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -109,101 +111,6 @@ impl OpenDriver for OpenFile {
             adopted,
             opened: GraphCell::new(opening.graph(), opened),
         }))
-    }
-}
-
-fn could_not_open(filename: &str, error: io::Error) -> Error {
-    Error::from_io(format_args!("Could not open '{filename}'"), error)
-}
-
-/// How the file is to be open.
-struct Wanted {
-    read_only: bool,
-    direct: bool,
-}
-
-impl Wanted {
-    fn open(&self, filename: &str) -> Result<File> {
-        #[expect(clippy::cast_possible_wrap, reason = "flags, not a number")]
-        let direct = if self.direct {
-            OFlags::DIRECT.bits() as i32
-        } else {
-            0
-        };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!self.read_only)
-            // A pipe that an image names would be waited for until somebody opens its other end.
-            .custom_flags(direct | libc::O_NOCTTY | libc::O_NONBLOCK)
-            .open(filename);
-        let waiting = |file: File| {
-            let flags = rustix::fs::fcntl_getfl(&file)?;
-            rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK)?;
-            Ok(file)
-        };
-        file.and_then(waiting).map_err(|error| {
-            let refused = error.raw_os_error() == Some(libc::EINVAL) && self.direct;
-            let error = could_not_open(filename, error);
-            if refused {
-                error.with_hint("The file system may not support O_DIRECT")
-            } else {
-                error
-            }
-        })
-    }
-
-    /// A file that the caller had opened: its access and its way past the cache must be what the
-    /// options say.
-    fn adopt(&self, file: File, filename: &str) -> Result<File> {
-        let errno = |errno: rustix::io::Errno| could_not_open(filename, errno.into());
-        let flags = rustix::fs::fcntl_getfl(&file).map_err(errno)?;
-        let access = flags & OFlags::RWMODE;
-        let enough = if self.read_only {
-            access != OFlags::WRONLY
-        } else {
-            access == OFlags::RDWR
-        };
-        if !enough {
-            let message =
-                format!("Could not open '{filename}': the file was opened with other access");
-            return Err(Error::new(ErrorKind::PermissionDenied, message));
-        }
-        let mut wanted = flags - OFlags::NONBLOCK;
-        wanted.set(OFlags::DIRECT, self.direct);
-        if wanted != flags {
-            let flags = wanted;
-            rustix::fs::fcntl_setfl(&file, flags).map_err(errno)?;
-        }
-        Ok(file)
-    }
-}
-
-/// An open file, and what that it is open so asks of requests.
-struct Opened {
-    file: Arc<File>,
-    alignment: Alignment,
-    /// What requests reach.
-    medium: Medium,
-}
-
-impl Opened {
-    fn new(file: File, found: &Found, direct: bool, filename: &str) -> Result<Opened> {
-        let alignment = if direct {
-            probe::direct_alignment(&file, found.is_block_device)
-                .map_err(|error| error.context(format_args!("Could not open '{filename}'")))?
-        } else {
-            Alignment {
-                request: 1,
-                memory: 1,
-            }
-        };
-        let medium = Medium::of(file.as_fd(), direct)
-            .map_err(|error| Error::from_io("fstatfs", error).at_file(filename))?;
-        Ok(Opened {
-            file: Arc::new(file),
-            alignment,
-            medium,
-        })
     }
 }
 

@@ -11,11 +11,13 @@
 mod cut;
 mod disk;
 mod fault;
+mod log;
 mod pages;
 
 pub use cut::PowerCuts;
-pub use disk::{Counts, Keep, LogEntry, SECTOR, SimDisk};
+pub use disk::{Counts, SimDisk};
 pub use fault::{Fault, Hold, Match, Op};
+pub use log::{Keep, LogEntry, SECTOR};
 
 use crate::driver::{
     Changes, Driver, DriverStatus, OpenDriver, Place, Precision, shrinks_preallocated,

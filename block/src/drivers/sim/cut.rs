@@ -1,7 +1,8 @@
 //! Walks along the log of a simulated disk and tells, at each place, what a power cut there would
 //! leave. Cheap for all places of a long log: what is durable is kept from one place to the next.
 
-use super::disk::{Keep, LogEntry, Logged, Sectors, SimDisk, State, apply};
+use super::disk::{Logged, SimDisk, State};
+use super::log::{Keep, LogEntry, Sectors, apply};
 use super::pages::{PAGE, Page, Pages};
 use std::collections::BTreeMap;
 use std::sync::Arc;

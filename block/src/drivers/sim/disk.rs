@@ -7,65 +7,23 @@
 //! ```
 //! A write is logged when it is *sent*: it may arrive before it is reported. A flush is logged at
 //! its *end*, with the writes that had ended when it *began*: those it covers. A write that failed
-//! stays pending for ever.
+//! stays pending for ever. `request` has one request's way through the disk.
+
+mod request;
+
+pub(super) use request::Action;
 
 use super::cut::PowerCuts;
-use super::fault::{Fails, Fault, Held, Match, Op};
+use super::fault::{Fault, Held, Match, Op};
+use super::log::{Keep, LogEntry, Rng};
 use super::pages::Pages;
 use crate::event::Event;
-use coblock_coroutine::{Co, ThreadLock};
+use coblock_coroutine::ThreadLock;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
-
-/// What a disk writes in one piece, in bytes.
-pub const SECTOR: u64 = 512;
-
-/// What a disk was sent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LogEntry {
-    /// These bytes.
-    Write {
-        /// Where, in bytes.
-        offset: u64,
-        /// What.
-        data: Vec<u8>,
-    },
-    /// Zeros without bytes; also a discard.
-    Zero {
-        /// Where, in bytes.
-        offset: u64,
-        /// How many.
-        len: u64,
-    },
-    /// The length became this.
-    Resize {
-        /// In bytes.
-        len: u64,
-    },
-    /// The entries with these places in the log are on stable storage.
-    Flush {
-        /// In ascending order.
-        covered: Vec<usize>,
-    },
-}
-
-/// Which pending sectors survive a power cut.
-#[derive(Clone, Debug)]
-pub enum Keep {
-    /// None.
-    Nothing,
-    /// All.
-    Everything,
-    /// All but the pending entry of that number.
-    AllBut(usize),
-    /// Everything but of the last write all after that many sectors.
-    Torn(u64),
-    /// Each sector for itself, by a seed.
-    Seed(u64),
-}
 
 /// How many requests the disk has seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -124,20 +82,6 @@ pub(super) struct State {
 #[derive(Default)]
 pub struct SimDisk {
     pub(super) state: ThreadLock<State>,
-}
-
-/// Numbers that depend on a seed and on nothing else.
-#[derive(Clone, Debug)]
-pub(super) struct Rng(u64);
-
-impl Rng {
-    /// The next of a SplitMix64 sequence.
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
 }
 
 impl SimDisk {
@@ -334,72 +278,6 @@ impl SimDisk {
     }
 }
 
-pub(super) enum Sectors {
-    All,
-    First(u64),
-    Seed(Rng),
-}
-
-impl Sectors {
-    /// Each sector of entry `index` for itself.
-    pub(super) fn by_seed(seed: u64, index: usize) -> Sectors {
-        Sectors::Seed(Rng(
-            seed ^ (index as u64).wrapping_mul(0x2545_f491_4f6c_dd1d)
-        ))
-    }
-
-    fn keeps(&mut self, number: u64) -> bool {
-        match self {
-            Sectors::All => true,
-            Sectors::First(count) => number < *count,
-            Sectors::Seed(rng) => rng.next() & 1 == 0,
-        }
-    }
-}
-
-pub(super) fn apply(entry: &LogEntry, mut sectors: Sectors, pages: &mut Pages, len: &mut u64) {
-    let (offset, count) = match entry {
-        LogEntry::Write { offset, data } => (*offset, data.len() as u64),
-        LogEntry::Zero { offset, len } => (*offset, *len),
-        LogEntry::Resize { len: new } => {
-            if sectors.keeps(0) {
-                pages.zero(*new, u64::MAX);
-                *len = *new;
-            }
-            return;
-        }
-        LogEntry::Flush { .. } => return,
-    };
-    if matches!(sectors, Sectors::All) {
-        match entry {
-            LogEntry::Write { data, .. } => pages.write(offset, data),
-            _ => pages.zero(offset, offset + count),
-        }
-        *len = (*len).max(offset + count);
-        return;
-    }
-    let mut at = 0;
-    let mut number = 0;
-    while at < count {
-        // Sectors of the disk, not of the request.
-        let next = ((offset + at) / SECTOR + 1) * SECTOR - offset;
-        let end = next.min(count);
-        if sectors.keeps(number) {
-            match entry {
-                LogEntry::Write { data, .. } => {
-                    let part = usize::try_from(at).expect("in memory")
-                        ..usize::try_from(end).expect("in memory");
-                    pages.write(offset + at, &data[part]);
-                }
-                _ => pages.zero(offset + at, offset + end),
-            }
-            *len = (*len).max(offset + end);
-        }
-        at = end;
-        number += 1;
-    }
-}
-
 impl State {
     /// With these contents, all durable.
     pub(super) fn holding(contents: Pages, len: u64) -> State {
@@ -410,253 +288,6 @@ impl State {
             len,
             ..State::default()
         }
-    }
-
-    fn end_entry(&mut self, index: usize, done: bool) {
-        self.ended += 1;
-        let ended = self.ended;
-        let logged = &mut self.log[index];
-        logged.ended = Some(ended);
-        logged.done = done;
-    }
-}
-
-/// What a request does to the disk.
-pub(super) enum Action<'a> {
-    Read(&'a mut [u8]),
-    Write {
-        data: Vec<u8>,
-        fua: bool,
-    },
-    Zero {
-        len: u64,
-    },
-    Discard {
-        len: u64,
-    },
-    Resize,
-    Flush,
-    /// What the first of `len` bytes are: data or not, and of how many that is true.
-    Status {
-        len: u64,
-        answer: &'a mut (bool, u64),
-    },
-}
-
-impl Action<'_> {
-    fn op(&self) -> Op {
-        match self {
-            Action::Read(_) => Op::Read,
-            Action::Write { .. } => Op::Write,
-            Action::Zero { .. } => Op::Zero,
-            Action::Discard { .. } => Op::Discard,
-            Action::Resize => Op::Resize,
-            Action::Flush => Op::Flush,
-            Action::Status { .. } => Op::Status,
-        }
-    }
-
-    /// Leaves about half of a transfer at `offset`, up to the end of a sector; returns how many
-    /// bytes.
-    fn shorten(&mut self, offset: u64) -> u64 {
-        let middle = (offset + self.len() / 2).next_multiple_of(SECTOR);
-        let half = usize::try_from(middle - offset).expect("in memory");
-        match self {
-            Action::Read(buf) => {
-                let half = half.min(buf.len());
-                *buf = &mut std::mem::take(buf)[..half];
-            }
-            Action::Write { data, .. } => data.truncate(half),
-            _ => {}
-        }
-        self.len()
-    }
-
-    fn len(&self) -> u64 {
-        match self {
-            Action::Read(buf) => buf.len() as u64,
-            Action::Write { data, .. } => data.len() as u64,
-            Action::Zero { len } | Action::Discard { len } | Action::Status { len, .. } => *len,
-            Action::Resize | Action::Flush => 0,
-        }
-    }
-}
-
-/// Counts a request while it is in the disk.
-struct InDisk<'a>(&'a SimDisk);
-
-impl Drop for InDisk<'_> {
-    fn drop(&mut self) {
-        self.0.state.lock().in_flight -= 1;
-    }
-}
-
-impl SimDisk {
-    /// One attempt at a request, from being sent to its end. `Err` is the errno, `Ok` what was
-    /// transferred. `patient`: it waits rather than be interrupted or put off.
-    pub(super) fn perform(
-        &self,
-        co: &Co,
-        offset: u64,
-        mut action: Action<'_>,
-        patient: bool,
-    ) -> Result<u64, i32> {
-        let (op, mut len) = (action.op(), action.len());
-        let (sent, fault, hold, pause) = {
-            let mut state = self.state.lock();
-            if state.powered_off {
-                return Err(libc::EIO);
-            }
-            let count = match op {
-                Op::Read => &mut state.counts.reads,
-                Op::Write => &mut state.counts.writes,
-                Op::Zero => &mut state.counts.zeroes,
-                Op::Discard => &mut state.counts.discards,
-                Op::Resize => &mut state.counts.resizes,
-                Op::Flush => &mut state.counts.flushes,
-                Op::Status => &mut state.counts.statuses,
-            };
-            *count += 1;
-            state.in_flight += 1;
-            state.most_in_flight = state.most_in_flight.max(state.in_flight);
-            let fault = state
-                .faults
-                .iter_mut()
-                .find_map(|fault| fault.hits(op, offset, len));
-            let put_off = |fails| matches!(fails, Fails::Errno(libc::EINTR | libc::EAGAIN));
-            let fault = fault.filter(|(fails, _)| !(patient && put_off(*fails)));
-            if fault.is_some() {
-                state.hits.push((co.id(), op));
-            }
-            if let Some((Fails::Short, _)) = fault {
-                len = action.shorten(offset);
-            }
-            let hold = state
-                .holds
-                .iter()
-                .find(|held| held.what.matches(op, offset, len))
-                .cloned();
-            let pause = state
-                .delay
-                .as_mut()
-                .map(|(rng, most)| Duration::from_nanos(rng.next() % *most));
-            let sent = state.send(&action, offset);
-            (sent, fault, hold, pause)
-        };
-        let _in_disk = InDisk(self);
-        if let Some(hold) = hold {
-            hold.wait(co);
-        }
-        if let Some(pause) = pause {
-            coblock_aio::co::sleep(co, pause);
-        }
-        let mut state = self.state.lock();
-        if state.powered_off {
-            return Err(libc::EIO);
-        }
-        if let Some((Fails::Errno(errno), torn)) = fault {
-            state.tear(&sent, offset, torn);
-            return Err(errno);
-        }
-        state.finish(sent, offset, &mut action);
-        Ok(len)
-    }
-}
-
-/// What was noted when a request was sent.
-enum Sent {
-    Nothing,
-    /// Place in the log.
-    Entry(usize),
-    /// What a flush covers when it ends well.
-    Covers(Vec<usize>),
-}
-
-impl State {
-    fn send(&mut self, action: &Action<'_>, offset: u64) -> Sent {
-        let entry = match action {
-            Action::Read(_) | Action::Status { .. } => return Sent::Nothing,
-            Action::Flush => {
-                let done = self
-                    .log
-                    .iter()
-                    .enumerate()
-                    .filter(|(_, logged)| logged.done);
-                return Sent::Covers(done.map(|(index, _)| index).collect());
-            }
-            Action::Write { data, .. } => LogEntry::Write {
-                offset,
-                data: data.clone(),
-            },
-            Action::Zero { len } | Action::Discard { len } => LogEntry::Zero { offset, len: *len },
-            Action::Resize => LogEntry::Resize { len: offset },
-        };
-        let number = self.next_number();
-        self.log.push(Logged {
-            entry,
-            number,
-            ended: None,
-            done: false,
-        });
-        Sent::Entry(self.log.len() - 1)
-    }
-
-    fn next_number(&self) -> u64 {
-        match &self.order {
-            Some(order) => order.fetch_add(1, Ordering::Relaxed),
-            None => self.log.len() as u64,
-        }
-    }
-
-    fn finish(&mut self, sent: Sent, offset: u64, action: &mut Action<'_>) {
-        match action {
-            Action::Read(buf) => return self.now.read(offset, buf),
-            Action::Status { len, answer } => {
-                **answer = self.now.status(offset, *len);
-                return;
-            }
-            _ => {}
-        }
-        let covered = match sent {
-            Sent::Nothing => return,
-            Sent::Covers(covered) => covered,
-            Sent::Entry(index) => {
-                // A discard does not make the disk longer; the node keeps it inside.
-                apply(
-                    &self.log[index].entry,
-                    Sectors::All,
-                    &mut self.now,
-                    &mut self.len,
-                );
-                self.end_entry(index, true);
-                match action {
-                    Action::Write { fua: true, .. } => vec![index],
-                    _ => return,
-                }
-            }
-        };
-        self.ended += 1;
-        let (ended, number) = (Some(self.ended), self.next_number());
-        self.log.push(Logged {
-            entry: LogEntry::Flush { covered },
-            number,
-            ended,
-            done: false,
-        });
-    }
-
-    /// A write failed: its first `torn` bytes arrived.
-    fn tear(&mut self, sent: &Sent, offset: u64, torn: u64) {
-        let Sent::Entry(index) = *sent else { return };
-        if let LogEntry::Write { data, .. } = &self.log[index].entry {
-            let arrived = data.len().min(usize::try_from(torn).unwrap_or(usize::MAX));
-            if arrived > 0 {
-                let part = data[..arrived].to_vec();
-                self.now.write(offset, &part);
-                self.len = self.len.max(offset + arrived as u64);
-            }
-        }
-        self.end_entry(index, false);
     }
 }
 
