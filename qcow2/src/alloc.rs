@@ -283,29 +283,14 @@ impl Qcow2 {
         }
     }
 
-    /// Lowers the counts of a table's clusters. The header that named it is gone for good.
-    ///
-    /// # Errors
-    /// I/O or a damaged image; the rest is leaked.
-    pub(crate) fn free_old_table(
-        &self,
-        co: &Co,
-        graph: &GraphRead<'_>,
-        meta: &mut Meta,
-        at: HostOffset,
-        clusters: u64,
-    ) -> Result<()> {
+    /// The clusters of a table are free: the header that named it is gone for good. Their counts are
+    /// lowered as those of all others are.
+    pub(crate) fn free_old_table(&self, at: HostOffset, clusters: u64) {
         let first = self.geometry.host_cluster(at).0;
-        let mut free = Vec::new();
-        for cluster in (first..first + clusters).map(HostCluster) {
-            if self.change_refcount(co, graph, meta, cluster, false)? == 0 {
-                free.push(self.geometry.host_start(cluster).0);
-            }
-        }
-        if self.passes(Discards::Other) {
-            self.give_back(co, graph, &free);
-        }
-        Ok(())
+        let give_back = self.passes(Discards::Other);
+        let freed = (first..first + clusters).map(HostCluster);
+        let freed = freed.map(|cluster| Freed { cluster, give_back });
+        self.frees.lock().durable.extend(freed);
     }
 
     /// Lowers the counts of clusters whose unmapping is durable and which no request uses any more.

@@ -300,6 +300,7 @@ impl Qcow2 {
             .refcount_blocks_added
             .fetch_add(blocks, Relaxed);
         self.counters.tables_grown.fetch_add(1, Relaxed);
-        self.free_old_table(co, graph, meta, old_at, old_clusters)
+        self.free_old_table(old_at, old_clusters);
+        Ok(())
     }
 }

@@ -217,6 +217,7 @@ impl Qcow2 {
         }
         self.counters.tables_grown.fetch_add(1, Relaxed);
         let old_clusters = geometry.clusters(old_len * spec::TABLE_ENTRY_LEN).0;
-        self.free_old_table(co, graph, meta, old, old_clusters)
+        self.free_old_table(old, old_clusters);
+        Ok(())
     }
 }

@@ -2,8 +2,13 @@
 
 mod support;
 
-use coblock_block::drivers::sim::{Match, Op};
+use coblock_block::drivers::sim::{Match, Op, SimDisk};
+use coblock_block::{BlockBackend, Options, RequestFlags, Result};
+use coblock_coroutine::Co;
 use coblock_qcow2::Qcow2;
+use coblock_qcow2::check::check;
+use coblock_qcow2::create::{CreateOptions, create};
+use support::image::with_options;
 use support::rig::*;
 
 /// Q13 and rule 9.2: while a hole is punched, writes allocate, and none of them gets the cluster; its
@@ -57,4 +62,76 @@ fn rule_9_2_holes_are_punched_beside_other_metadata() {
     assert_eq!(f.read(&disk, CLUSTER, 1), [0x11]);
     assert_eq!(f.read(&disk, 16 * CLUSTER, 1), [0x22]);
     f.home.run(|co| disk.close(co)).unwrap();
+}
+
+/// Q13 and rule 9.2: a table that has moved gives its space back in the same way, whichever it is. While
+/// that hole is punched, others allocate, and none of them gets its cluster before the end.
+#[test]
+fn rule_9_2_old_tables_are_punched_beside_other_metadata() {
+    // The first refcount table counts 2 MiB, the first L1 table maps 64 KiB.
+    let small = CreateOptions {
+        cluster_size: 512,
+        refcount_bits: 64,
+        ..CreateOptions::new(64 << 10)
+    };
+    type Grow = fn(&Co, &BlockBackend) -> Result<()>;
+    let tables: [(&str, u64, Grow); 2] = [
+        ("L1", 40, |co, disk| {
+            disk.truncate(co, 16 << 20, true)?;
+            disk.flush(co)
+        }),
+        ("refcount", 48, |co, disk| {
+            disk.pwrite(co, 0, &vec![0x44; 3 << 20][..], RequestFlags::empty())?;
+            disk.flush(co)
+        }),
+    ];
+    for (name, pointer, grow) in tables {
+        let mut f = Fixture::new();
+        f.disk = SimDisk::with_contents(&[]);
+        let options = CreateOptions {
+            virtual_size: if name == "L1" { 64 << 10 } else { 4 << 20 },
+            ..small.clone()
+        };
+        let sim = Options::new()
+            .with("driver", "sim")
+            .with_object("disk", f.disk.clone());
+        with_options(sim, |file| create(file, &options)).unwrap();
+        let disk = f
+            .open_with(f.options().with("pass-discard-other", "on"))
+            .unwrap();
+        f.write(&disk, 0, 512, 0x11);
+        f.flush(&disk);
+        let table = f.word(pointer);
+        let hold = f
+            .disk
+            .hold(Match::ops(&[Op::Discard]).touching(table..table + 512));
+        let growing = {
+            let (disk, outcome) = (disk.clone(), Outcome::default());
+            let result = outcome.clone();
+            f.home.spawn("grow", move |co| result.set(grow(co, &disk)));
+            outcome
+        };
+        while hold.waiting() == 0 {
+            assert!(!growing.is_done(), "{name}: the hole was punched");
+            f.home.poll(true);
+        }
+        assert_ne!(f.word(pointer), table, "{name}: the table has moved");
+        // The metadata mutex is free: this one allocates, and ends.
+        let before = f.disk.peek(table, 512);
+        f.write(&disk, options.virtual_size - 512, 512, 0x22);
+        assert!(!growing.is_done(), "{name}");
+        assert_eq!(f.disk.peek(table, 512), before, "{name}: nobody got it");
+        hold.release_all();
+        drop(hold);
+        f.wait(&growing).unwrap();
+        // Punched; the next one has got the other.
+        assert_ne!(f.disk.peek(table, 512), before, "{name}");
+        f.close(disk);
+        let sim = Options::new()
+            .with("driver", "sim")
+            .with_object("disk", f.disk.clone());
+        let report = with_options(sim, |file| check(file, &file.read_header()?, &mut |_| {}));
+        let report = report.unwrap();
+        assert!(report.is_clean(), "{name}: {report:?}");
+    }
 }
