@@ -2,6 +2,7 @@
 //! other.
 
 mod cell;
+mod changing;
 mod dump;
 mod end;
 mod main;
@@ -11,6 +12,7 @@ mod transaction;
 mod write;
 
 pub use cell::{GraphAccess, GraphCell};
+use changing::Changing;
 pub use dump::{GraphDump, NodeDump};
 pub(crate) use end::End;
 pub use main::GraphMain;
@@ -26,7 +28,7 @@ use crate::graph_lock::{ContextSlot, GraphLock, MAX_CONTEXTS, ReadLocked, TooMan
 use crate::node::Node;
 use crate::throttle::ThrottleGroup;
 use coblock_aio::{AioContext, AioWait};
-use coblock_coroutine::{Co, CoMutex, Schedule, ThreadLock, WakeHandle};
+use coblock_coroutine::{Co, Schedule, ThreadLock, WakeHandle};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::Location;
@@ -52,8 +54,7 @@ pub struct Graph {
     pub(crate) sections: ThreadLock<u32>,
     /// Who is under that lock, and since where: for a message.
     pub(crate) inside_section: ThreadLock<Option<(ThreadId, &'static Location<'static>)>>,
-    /// Transactions, and changes of length, happen one after the other.
-    pub(crate) changing: CoMutex<()>,
+    changing: Changing,
     /// Coroutines that want to write and wait for readers to leave.
     writers: Arc<ThreadLock<Waiting>>,
     nodes: ThreadLock<Nodes>,
@@ -98,7 +99,7 @@ impl Graph {
             lock: GraphLock::new(Box::new(kick)),
             sections: ThreadLock::new(0),
             inside_section: ThreadLock::new(None),
-            changing: CoMutex::new(()),
+            changing: Changing::default(),
             writers,
             nodes: ThreadLock::new(Nodes::default()),
             without_node: ThreadLock::new(Vec::new()),

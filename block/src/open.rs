@@ -21,6 +21,7 @@ use crate::options::Options;
 use crate::types::{ChildRole, FileId, Perm, Permissions};
 use coblock_coroutine::{Co, Hold};
 use std::collections::VecDeque;
+use std::panic::Location;
 use std::sync::Arc;
 
 /// How deep options may nest children.
@@ -41,7 +42,8 @@ const MAX_NESTING: usize = 16;
 /// gate refuses. Nothing stays open then.
 ///
 /// # Panics
-/// When the coroutine holds a graph guard.
+/// When the coroutine holds a graph guard; in an [`Action`](crate::Action) of the graph.
+#[track_caller]
 pub fn open(
     co: &Co,
     graph: &Arc<Graph>,
@@ -73,6 +75,7 @@ pub fn open(
 ///
 /// # Panics
 /// As [`open`].
+#[track_caller]
 pub fn open_unused(
     co: &Co,
     graph: &Arc<Graph>,
@@ -83,6 +86,7 @@ pub fn open_unused(
     open_for(co, (graph, registry, gate), options, Permissions::NONE)
 }
 
+#[track_caller]
 fn open_for(
     co: &Co,
     (graph, registry, gate): (&Arc<Graph>, &DriverRegistry, &dyn OpenGate),
@@ -94,6 +98,8 @@ fn open_for(
         0,
         "open() is called with a graph guard held"
     );
+    let at = Location::caller();
+    graph.refuse_in_change(co, at);
     let env = Env {
         graph,
         registry,
@@ -121,7 +127,7 @@ fn open_for(
         new.push(unfinished.node);
     }
     drop(guard);
-    match result.and_then(|root| graph.settle(co, &new).map(|()| root)) {
+    match result.and_then(|root| graph.settle(co, &new, at).map(|()| root)) {
         Ok(root) => Ok(root),
         Err(error) => {
             for node in built.abandoned {

@@ -9,6 +9,7 @@ use crate::node::Node;
 use crate::types::Permissions;
 use coblock_aio::AioContext;
 use coblock_coroutine::Co;
+use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -102,10 +103,11 @@ impl BlockBackend {
     /// `OutOfMemory` where there is none for a coroutine in the home context.
     ///
     /// # Panics
-    /// When the coroutine holds a graph guard.
+    /// When the coroutine holds a graph guard; in an [`Action`](crate::Action) of the graph.
+    #[track_caller]
     pub fn resize(&self, co: &Co, len: u64) -> Result<()> {
         // So that the node does not move meanwhile.
-        let _one_at_a_time = self.graph.changing.lock(co);
+        let _one_at_a_time = self.graph.change(co, Location::caller());
         let node = self.node();
         let _section = node.drain(co);
         in_home_of(co, &node, |co| {

@@ -41,6 +41,12 @@ use std::time::Duration;
 ///
 /// `prepare` does whatever can fail. All were prepared: all `commit`. One was not: those before it
 /// `abort`, the last one first. `clean` comes for each that was prepared, at the end.
+///
+/// None of them opens a node in the same graph, changes a length by
+/// [`BlockBackend::resize`], or runs another transaction: changes happen one after the other, and this
+/// one is not over. In the coroutine of the transaction that is refused at once: it panics and names
+/// both places. Nor does one wait for another coroutine that does so: nobody can see that, and both would
+/// wait for ever.
 pub trait Action: Send {
     /// Gets ready, with the nodes drained. Suspends.
     ///
@@ -261,15 +267,20 @@ impl Transaction {
     /// was then.
     ///
     /// # Panics
-    /// When the coroutine holds a graph guard.
+    /// When the coroutine holds a graph guard; in an [`Action`] of another transaction of the graph.
+    #[track_caller]
     pub fn run(&mut self, co: &Co) -> Result<()> {
+        self.run_at(co, Location::caller())
+    }
+
+    fn run_at(&mut self, co: &Co, at: &'static Location<'static>) -> Result<()> {
         assert_eq!(
             co.holds(Hold::GraphRead),
             0,
             "rule 5.11: {co:?} changes the graph with a guard of it held"
         );
         let graph = self.graph.clone();
-        let _one_at_a_time = graph.changing.lock(co);
+        let _one_at_a_time = graph.change(co, at);
         self.find_moves()?;
         if self.is_empty() {
             self.parts = Parts::default();
@@ -352,10 +363,11 @@ impl Transaction {
             main.name()
         );
         let ended = Arc::new(ThreadLock::new(None));
+        let at = Location::caller();
         let started = coblock_aio::spawn("transaction", {
             let (ended, wait) = (ended.clone(), wait.clone());
             move |co| {
-                let result = self.run(co);
+                let result = self.run_at(co, at);
                 *ended.lock() = Some(result);
                 wait.kick();
             }

@@ -246,12 +246,17 @@ impl Graph {
     ///
     /// # Errors
     /// `Conflict`: those live in different contexts; as [`Moving::find`].
-    pub(crate) fn settle(self: &Arc<Graph>, co: &Co, new: &[Arc<Node>]) -> Result<()> {
+    pub(crate) fn settle(
+        self: &Arc<Graph>,
+        co: &Co,
+        new: &[Arc<Node>],
+        at: &'static Location<'static>,
+    ) -> Result<()> {
         if self.section(|section| foreign(new, section)).is_empty() {
             return Ok(());
         }
         // What moves now is there afterwards.
-        let _one_at_a_time = self.changing.lock(co);
+        let _one_at_a_time = self.change(co, at);
         let there = self.section(|section| foreign(new, section));
         let Some((node, to)) = there.first() else {
             return Ok(());
