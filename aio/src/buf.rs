@@ -20,182 +20,21 @@
 //! byte is read at most once per call. Whoever needs a stable view copies first.
 
 mod aligned;
+mod gather;
+mod span;
 mod words;
 
 pub use aligned::AlignedBuf;
+pub use gather::{Gather, Scatter};
+pub use span::{RawSegment, Segments};
 pub use words::AtomicWords;
+
+use span::Span;
 
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::marker::PhantomData;
 use std::ptr;
-
-/// One contiguous piece of memory, laid out like `struct iovec`.
-///
-/// Only a description: copying it around is harmless, and using the address is `unsafe` everywhere.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct RawSegment {
-    /// Address of the first byte.
-    pub base: *mut u8,
-    /// Bytes.
-    pub len: usize,
-}
-
-const _: () = {
-    assert!(size_of::<RawSegment>() == size_of::<libc::iovec>());
-    assert!(align_of::<RawSegment>() == align_of::<libc::iovec>());
-    assert!(std::mem::offset_of!(RawSegment, base) == std::mem::offset_of!(libc::iovec, iov_base));
-    assert!(std::mem::offset_of!(RawSegment, len) == std::mem::offset_of!(libc::iovec, iov_len));
-};
-
-// SAFETY: an address and a length are plain numbers; every access through them is unsafe on its
-// own.
-unsafe impl Send for RawSegment {}
-// SAFETY: as for Send, there is nothing shared behind a `&RawSegment` but two numbers.
-unsafe impl Sync for RawSegment {}
-
-impl RawSegment {
-    const EMPTY: RawSegment = RawSegment {
-        base: ptr::null_mut(),
-        len: 0,
-    };
-}
-
-/// What [`IoVec`] and [`IoVecMut`] have in common: which bytes, in which order.
-#[derive(Clone, Copy)]
-struct Span<'a> {
-    /// Cut at the front and at the back, so its length never exceeds `len`.
-    first: RawSegment,
-    /// May reach beyond the end of the span: only `len` says where that is.
-    rest: &'a [RawSegment],
-    len: usize,
-}
-
-impl<'a> Span<'a> {
-    fn one(base: *mut u8, len: usize) -> Self {
-        Span {
-            first: RawSegment { base, len },
-            rest: &[],
-            len,
-        }
-    }
-
-    fn list(segments: &'a [RawSegment]) -> Self {
-        let len = segments.iter().fold(0usize, |sum, s| {
-            sum.checked_add(s.len)
-                .expect("a scatter list is shorter than the address space")
-        });
-        match segments.split_first() {
-            Some((first, rest)) => Span {
-                first: *first,
-                rest,
-                len,
-            },
-            None => Span {
-                first: RawSegment::EMPTY,
-                rest: &[],
-                len: 0,
-            },
-        }
-    }
-
-    #[inline(always)]
-    fn slice(self, offset: usize, len: usize) -> Self {
-        // What most requests ask for.
-        if offset == 0 && len == self.len {
-            return self;
-        }
-        self.part(offset, len)
-    }
-
-    fn part(self, offset: usize, len: usize) -> Self {
-        let end = offset.checked_add(len);
-        assert!(
-            end.is_some_and(|end| end <= self.len),
-            "slice of {len} bytes at {offset} leaves a buffer of {} bytes",
-            self.len
-        );
-        let (mut first, mut rest, mut skip) = (self.first, self.rest, offset);
-        while skip >= first.len {
-            skip -= first.len;
-            match rest.split_first() {
-                Some((next, tail)) => (first, rest) = (*next, tail),
-                // Only an empty slice at the very end comes here: the bounds were checked above.
-                None => {
-                    return Span {
-                        first: RawSegment::EMPTY,
-                        rest: &[],
-                        len: 0,
-                    };
-                }
-            }
-        }
-        let first_len = (first.len - skip).min(len);
-        let base = first.base.wrapping_add(skip);
-        let rest = if first_len == len { &[] } else { rest };
-        Span {
-            first: RawSegment {
-                base,
-                len: first_len,
-            },
-            rest,
-            len,
-        }
-    }
-
-    /// The whole, if it is one piece.
-    #[inline(always)]
-    fn single(self) -> Option<RawSegment> {
-        (self.first.len == self.len).then_some(self.first)
-    }
-
-    fn segments(self) -> Segments<'a> {
-        Segments {
-            next: self.first,
-            rest: self.rest,
-            left: self.len,
-        }
-    }
-
-    fn is_aligned(self, mem_align: usize) -> bool {
-        assert!(
-            mem_align.is_power_of_two(),
-            "memory alignment {mem_align} is no power of two"
-        );
-        self.segments()
-            .all(|s| (s.base.addr() | s.len) & (mem_align - 1) == 0)
-    }
-}
-
-/// The segments of a buffer in order, cut to it; empty ones are left out.
-#[derive(Clone)]
-pub struct Segments<'a> {
-    next: RawSegment,
-    rest: &'a [RawSegment],
-    left: usize,
-}
-
-impl Iterator for Segments<'_> {
-    type Item = RawSegment;
-
-    fn next(&mut self) -> Option<RawSegment> {
-        while self.left > 0 {
-            let now = RawSegment {
-                base: self.next.base,
-                len: self.next.len.min(self.left),
-            };
-            self.left -= now.len;
-            if let Some((next, tail)) = self.rest.split_first() {
-                (self.next, self.rest) = (*next, tail);
-            }
-            if now.len > 0 {
-                return Some(now);
-            }
-        }
-        None
-    }
-}
 
 /// Source of a write: bytes that stay readable for `'a`.
 ///
@@ -228,7 +67,7 @@ impl<'a, const N: usize> From<&'a [u8; N]> for IoVec<'a> {
 impl<'a> From<&'a [IoSlice<'a>]> for IoVec<'a> {
     fn from(list: &'a [IoSlice<'a>]) -> Self {
         // SAFETY: std promises that `IoSlice` has the layout of `iovec` on Unix, and so has
-        // `RawSegment` (asserted above); the list lives for `'a` and is only read.
+        // `RawSegment` (asserted in `span`); the list lives for `'a` and is only read.
         let segments = unsafe { &*(ptr::from_ref(list) as *const [RawSegment]) };
         IoVec {
             span: Span::list(segments),
@@ -363,7 +202,7 @@ impl<'a, const N: usize> From<&'a mut [u8; N]> for IoVecMut<'a> {
 impl<'a> From<&'a mut [IoSliceMut<'_>]> for IoVecMut<'a> {
     fn from(list: &'a mut [IoSliceMut<'_>]) -> Self {
         // SAFETY: std promises that `IoSliceMut` has the layout of `iovec` on Unix, and so has
-        // `RawSegment` (asserted above); the list is borrowed for `'a`, so the slices behind it
+        // `RawSegment` (asserted in `span`); the list is borrowed for `'a`, so the slices behind it
         // are.
         let segments = unsafe { &*(ptr::from_mut(list) as *const [RawSegment]) };
         IoVecMut {
@@ -518,59 +357,6 @@ impl fmt::Debug for IoVecMut<'_> {
             self.len(),
             self.segments().count()
         )
-    }
-}
-
-/// A source put together from several, for instance padding, payload, padding.
-#[derive(Default, Debug)]
-pub struct Gather<'a> {
-    segments: Vec<RawSegment>,
-    lent: PhantomData<&'a [u8]>,
-}
-
-impl<'a> Gather<'a> {
-    /// Nothing in it.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Appends all of `part`.
-    pub fn push(&mut self, part: impl Into<IoVec<'a>>) {
-        self.segments.extend(part.into().segments());
-    }
-
-    /// Everything that was pushed, in order.
-    pub fn as_iovec(&self) -> IoVec<'_> {
-        IoVec {
-            span: Span::list(&self.segments),
-        }
-    }
-}
-
-/// A destination put together from several.
-#[derive(Default, Debug)]
-pub struct Scatter<'a> {
-    segments: Vec<RawSegment>,
-    lent: PhantomData<&'a mut [u8]>,
-}
-
-impl<'a> Scatter<'a> {
-    /// Nothing in it.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Appends all of `part`.
-    pub fn push(&mut self, part: impl Into<IoVecMut<'a>>) {
-        self.segments.extend(part.into().segments());
-    }
-
-    /// Everything that was pushed, in order.
-    pub fn as_iovec_mut(&mut self) -> IoVecMut<'_> {
-        IoVecMut {
-            span: Span::list(&self.segments),
-            unique: PhantomData,
-        }
     }
 }
 

@@ -23,8 +23,11 @@
 //!   poll that does not wait sees that it must enter).
 
 mod requests;
+mod ring_fd;
 
 pub(crate) use requests::{fallocate, poll, read, read_cached, sync, write};
+
+use ring_fd::RingFd;
 
 use super::{collect, tolerate_signal};
 use crate::buf::{IoVecMut, RawSegment};
@@ -37,14 +40,12 @@ use crate::sys::file::read_at_nowait;
 use crate::sys::pending::Pending;
 use io_uring::cqueue::Entry as Done;
 use io_uring::squeue::Entry;
-use io_uring::types::{Fd, Timespec};
+use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::ptr;
-use std::time::Duration;
 
 /// User data of the poll of the epoll set; no IoWait has this address.
 const WATCH: u64 = 0;
@@ -55,28 +56,9 @@ const MORE: u32 = 1 << 1;
 /// Completions that the queue holds at least.
 const COMPLETIONS: u32 = 4096;
 
-/// `struct io_uring_getevents_arg` of linux/io_uring.h.
-#[repr(C)]
-struct WaitArgs {
-    sigmask: u64,
-    sigmask_size: u32,
-    padding: u32,
-    timeout: *const Timespec,
-}
-
 /// Passes without another attempt after the loop could not serve a read itself: doubling from the
 /// first to the last.
 const PAUSES: std::ops::RangeInclusive<u32> = 16..=4096;
-
-/// `IORING_REGISTER_RING_FDS`, its counterpart, and `IORING_ENTER_REGISTERED_RING` of linux/io_uring.h.
-const REGISTER_RING_FDS: libc::c_uint = 20;
-const UNREGISTER_RING_FDS: libc::c_uint = 21;
-const REGISTERED_RING: libc::c_uint = 1 << 4;
-/// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`.
-const GETEVENTS: libc::c_uint = 1;
-const EXT_ARG: libc::c_uint = 1 << 3;
-
-const SYS_ENTER: libc::c_long = libc::SYS_io_uring_enter;
 
 /// A read that is held back, because it may be alone.
 #[derive(Clone, Copy)]
@@ -98,10 +80,9 @@ impl Held {
 
 /// The ring of one home.
 pub(crate) struct Uring {
+    /// Before the ring, which it is of: fields are dropped in their order.
+    fd: RingFd,
     ring: RefCell<IoUring>,
-    /// What `io_uring_enter` calls it: an index if it could be registered, else the descriptor.
-    enter_fd: libc::c_int,
-    enter_flags: libc::c_uint,
     held: Cell<Option<Held>>,
     /// User data and result of a read that the loop has served itself.
     served: Cell<Option<(u64, i32)>>,
@@ -172,14 +153,9 @@ impl Uring {
             ));
         }
         let limit = params.cq_entries() - 1;
-        let (enter_fd, enter_flags) = match register_ring_fd(ring.as_raw_fd()) {
-            Some(index) => (index, REGISTERED_RING),
-            None => (ring.as_raw_fd(), 0),
-        };
         Ok(Uring {
+            fd: RingFd::of(ring.as_raw_fd()),
             ring: RefCell::new(ring),
-            enter_fd,
-            enter_flags,
             held: Cell::new(None),
             served: Cell::new(None),
             pause: Cell::new(0),
@@ -357,32 +333,9 @@ impl Uring {
             let queue = ring.submission();
             (queue.len(), queue.taskrun() || queue.cq_overflow())
         };
-        let queued = libc::c_uint::try_from(queued).expect("at most the depth of the ring");
-        let mut flags = self.enter_flags;
-        if want > 0 || deferred {
-            flags |= GETEVENTS;
-        }
-        let fd = self.enter_fd;
-        let result = if want == 0 || timeout_ns.is_none() {
-            // SAFETY: the ring is ours, and every entry in it was pushed with the promise about its
-            // memory.
-            unsafe { libc::syscall(SYS_ENTER, fd, queued, want, flags, 0, 0) }
-        } else {
-            let timeout = timeout_ns.map(|ns| Timespec::from(Duration::from_nanos(ns)));
-            let args = WaitArgs {
-                sigmask: 0,
-                sigmask_size: 0,
-                padding: 0,
-                timeout: timeout.as_ref().map_or(ptr::null(), ptr::from_ref),
-            };
-            let (args, size) = (&raw const args, size_of::<WaitArgs>());
-            let flags = flags | EXT_ARG;
-            // SAFETY: as above, and the arguments live through the call and have the size that is
-            // said.
-            unsafe { libc::syscall(SYS_ENTER, fd, queued, want, flags, args, size) }
-        };
-        if result < 0 {
-            self.enter_failed(&io::Error::last_os_error());
+        let queued = u32::try_from(queued).expect("at most the depth of the ring");
+        if let Err(error) = self.fd.enter(queued, want, deferred, timeout_ns) {
+            self.enter_failed(&error);
         }
     }
 
@@ -559,54 +512,4 @@ impl Uring {
         }
         progress
     }
-}
-
-impl Drop for Uring {
-    /// The thread's table would keep the ring until the thread ends.
-    fn drop(&mut self) {
-        if self.enter_flags & REGISTERED_RING != 0
-            && let Ok(index) = u32::try_from(self.enter_fd)
-        {
-            let ring = self.ring.get_mut().as_raw_fd();
-            if !update_ring_fd(ring, UNREGISTER_RING_FDS, &mut RingFd::new(index, 0)) {
-                log::warn!("a ring stays until its thread ends");
-            }
-        }
-    }
-}
-
-/// `struct io_uring_rsrc_update` of linux/io_uring.h.
-#[repr(C)]
-struct RingFd {
-    index: u32,
-    reserved: u32,
-    fd: u64,
-}
-
-impl RingFd {
-    fn new(index: u32, fd: u64) -> Self {
-        RingFd {
-            index,
-            reserved: 0,
-            fd,
-        }
-    }
-}
-
-/// The descriptor's index in the table of this thread; `None`: older than Linux 5.18.
-fn register_ring_fd(fd: RawFd) -> Option<libc::c_int> {
-    // The kernel finds an index by itself.
-    let mut update = RingFd::new(u32::MAX, u64::try_from(fd).ok()?);
-    update_ring_fd(fd, REGISTER_RING_FDS, &mut update)
-        .then(|| libc::c_int::try_from(update.index).ok())
-        .flatten()
-}
-
-/// Changes one place of the thread's table of rings; tells whether the kernel did it.
-fn update_ring_fd(ring: RawFd, call: libc::c_uint, update: &mut RingFd) -> bool {
-    let argument = ptr::from_mut(update);
-    // SAFETY: one `io_uring_rsrc_update` that lives through the call; the descriptor is a ring of
-    // ours.
-    let done = unsafe { libc::syscall(libc::SYS_io_uring_register, ring, call, argument, 1) };
-    done == 1
 }
