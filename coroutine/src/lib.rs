@@ -13,7 +13,7 @@
 //!   coroutine   Coroutine, start, start_remote, run_scoped, run_in: making and driving
 //!               (rules 1.4, 1.8, 1.10)
 //!   schedule    Schedule, Ready, WakeHandle: who runs it again (rule 3.10)
-//!   co          Co: the token; suspend, resume, finish, the wake queue (rules 1.1, 1.3, 1.5, 1.9)
+//!   co          Co: the token, suspend (rules 1.1, 1.3); resume, finish, the wake queue (1.5, 1.6, 1.9)
 //!   pool        slots kept for reuse, per thread and between threads (rule 1.7)
 //!   stack       arenas, guards, colours; the control block on each stack, and the switch itself
 //!   release     what a release hook decides
