@@ -24,6 +24,7 @@
 pub(crate) mod control;
 mod debugger;
 mod fibre;
+mod marks;
 mod newest;
 pub(crate) mod overflow;
 

@@ -3,77 +3,17 @@
 
 mod support;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use coblock_coroutine::{
-    Coroutine, CoroutineOptions, Departure, Hold, Schedule, WakeHandle, start, start_remote,
+    Coroutine, CoroutineOptions, Departure, Hold, WakeHandle, start, start_remote,
 };
-use support::{TestHome, refused};
-
-/// A home with its own thread, which also lets departures go.
-struct Driven {
-    home: Arc<TestHome>,
-    departures: Arc<Mutex<Vec<Departure>>>,
-    stop: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Driven {
-    fn new(name: &str) -> Driven {
-        let home = TestHome::new(name);
-        let (departures, stop) = (
-            Arc::new(Mutex::new(Vec::<Departure>::new())),
-            Arc::new(AtomicBool::new(false)),
-        );
-        let thread = {
-            let (home, departures, stop) = (home.clone(), departures.clone(), stop.clone());
-            std::thread::spawn(move || {
-                home.adopt();
-                home.drive_until(|| {
-                    while let Some(departure) = { departures.lock().unwrap().pop() } {
-                        departure.depart();
-                    }
-                    stop.load(Ordering::SeqCst)
-                });
-            })
-        };
-        while home.is_home() {
-            std::thread::yield_now();
-        }
-        Driven {
-            home,
-            departures,
-            stop,
-            thread: Some(thread),
-        }
-    }
-
-    fn id(&self) -> std::thread::ThreadId {
-        self.thread.as_ref().unwrap().thread().id()
-    }
-}
-
-impl Drop for Driven {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        self.thread.take().unwrap().join().unwrap();
-    }
-}
+use support::{Driven, TestHome, refused, until};
 
 #[inline(never)]
 fn this_thread() -> std::thread::ThreadId {
     std::thread::current().id()
-}
-
-fn until(done: impl Fn() -> bool) {
-    for _ in 0..4000 {
-        if done() {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    panic!("it never came");
 }
 
 /// Rule 3.10: there and back again, a hundred times, with what it holds; it finishes on the other

@@ -4,6 +4,9 @@
 //! feature `sanitizer` of the coroutine library tells the first, the configuration
 //! `thread_sanitizer` the second. A tool that is missing is `SKIPPED`, aloud, and so is each test
 //! that it cannot run.
+//!
+//! That they see is shown each time: the program `canary` does one fault after the other on a
+//! coroutine's stack, and each that is not reported is a failure.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -23,16 +26,23 @@ Usage: cargo xtask sanitize [asan|tsan|valgrind] [--short] [PROGRAM...]
   valgrind  tests of the coroutine library under valgrind's memcheck
             (none of them: all three)
   --short   only a few test programs of the lower libraries, for CI
-  PROGRAM   only test programs of these names
+  PROGRAM   only test programs of these names (and always the canary's faults, which must be reported)
 ";
 
 const COROUTINE: &str = "coblock-coroutine";
 
 /// What valgrind runs, being fifty times slower: programs that switch in every way.
-const UNDER_VALGRIND: &[&str] = &["nesting", "ownership", "continuations", "locks", "rwlock"];
+const UNDER_VALGRIND: &[&str] = &[
+    CANARY,
+    "nesting",
+    "ownership",
+    "continuations",
+    "locks",
+    "rwlock",
+];
 
 /// So many of them in a short run.
-const UNDER_VALGRIND_SHORT: usize = 3;
+const UNDER_VALGRIND_SHORT: usize = 4;
 
 /// A sanitizer of the compiler's.
 struct Tool {
@@ -55,7 +65,23 @@ struct Tool {
     /// Of these programs only the tests whose names contain this.
     only: &'static [(&'static str, &'static str)],
     skipped: &'static [Skipped],
+    canaries: &'static [Canary],
 }
+
+/// The test program with faults on purpose.
+const CANARY: &str = "canary";
+
+/// A fault on purpose: a test of [`CANARY`], and the words that a report of it has.
+struct Canary {
+    test: &'static str,
+    reported_as: &'static str,
+}
+
+const fn canary(test: &'static str, reported_as: &'static str) -> Canary {
+    Canary { test, reported_as }
+}
+
+const FREED: &str = "memory::freed_while_it_was_suspended";
 
 /// What a tool cannot run: a program or, where `test` is not empty, one of its tests.
 struct Skipped {
@@ -90,6 +116,7 @@ const ASAN: Tool = Tool {
         "--features=coblock-coroutine/sanitizer",
         "--package=coblock-coroutine",
         "--package=coblock-aio",
+        "--test=canary",
         "--test=nesting",
         "--test=ownership",
         "--test=continuations",
@@ -112,6 +139,11 @@ const ASAN: Tool = Tool {
         skipped("loom_request_table", "", LOOM),
         skipped("models", "", LOOM),
     ],
+    canaries: &[
+        canary("memory::past_the_end_of_an_array", "stack-buffer-overflow"),
+        canary(FREED, "heap-use-after-free"),
+        canary("memory::a_local_of_a_life_that_is_over", "use-after-poison"),
+    ],
 };
 
 const TSAN: Tool = Tool {
@@ -132,6 +164,7 @@ const TSAN: Tool = Tool {
     short: &[
         "--package=coblock-coroutine",
         "--package=coblock-aio",
+        "--test=canary",
         "--test=moving",
         "--test=locks",
         "--test=contexts",
@@ -146,6 +179,10 @@ const TSAN: Tool = Tool {
         skipped("loom_graph_lock", "", LOOM),
         skipped("loom_request_table", "", LOOM),
         skipped("models", "", LOOM),
+    ],
+    canaries: &[
+        canary("races::with_another_thread", "data race"),
+        canary("races::with_the_thread_that_it_left", "data race"),
     ],
 };
 
@@ -285,7 +322,12 @@ fn sanitizer(tool: &Tool, wanted: &Wanted<'_>) -> Outcome {
         println!("SKIPPED: {name}: {why}");
         return Ok(());
     }
+    let mut silent = tool.canaries.len();
     for program in programs {
+        if program.name == CANARY {
+            silent -= tool.reported(&program, &reports)?;
+            continue;
+        }
         if !wanted.wants(&program.name) {
             continue;
         }
@@ -299,10 +341,7 @@ fn sanitizer(tool: &Tool, wanted: &Wanted<'_>) -> Outcome {
         }
     }
     // Every process that met something has left a file, those that tests start too.
-    let told = reports
-        .read_dir()
-        .map_err(|e| format!("{}: {e}", reports.display()))?;
-    let told: Vec<PathBuf> = told.flatten().map(|file| file.path()).collect();
+    let told = files(&reports)?;
     let mut met = 0;
     for path in &told {
         let text = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
@@ -312,10 +351,15 @@ fn sanitizer(tool: &Tool, wanted: &Wanted<'_>) -> Outcome {
         println!("{}: {first}", path.display());
     }
     println!(
-        "{name}: {ran} test programs, {} failed, {met} reports, {:.0} s",
+        "{name}: {ran} test programs, {} failed, {met} reports, {} of {} canaries reported, {:.0} s",
         failed.len(),
+        tool.canaries.len() - silent,
+        tool.canaries.len(),
         began.elapsed().as_secs_f64()
     );
+    if silent > 0 {
+        failed.push(CANARY.into());
+    }
     match (ran, failed.is_empty() && told.is_empty()) {
         (0, _) => Err("no such test program".into()),
         (_, true) => Ok(()),
@@ -324,6 +368,35 @@ fn sanitizer(tool: &Tool, wanted: &Wanted<'_>) -> Outcome {
 }
 
 impl Tool {
+    /// How many faults of `canary` are reported; tells each. What it wrote to `reports` goes: the
+    /// rest is what nobody wanted.
+    fn reported(&self, canary: &Program, reports: &Path) -> Result<usize, String> {
+        let mut count = 0;
+        for Canary { test, reported_as } in self.canaries {
+            let Some(mut command) = self.command(canary, reports) else {
+                continue;
+            };
+            command.args(["--ignored", "--exact", test]);
+            // Its end is that of a program with a fault: the sanitizer decides about it.
+            command.output().map_err(|e| format!("{test}: {e}"))?;
+            let mut seen = false;
+            for path in files(reports)? {
+                let is_its = path.file_stem().is_some_and(|stem| stem == CANARY);
+                if is_its {
+                    let text = std::fs::read_to_string(&path).map_err(|e| e.to_string())?;
+                    seen |= text.contains(reported_as) && text.contains(CANARY);
+                    std::fs::remove_file(&path).map_err(|e| e.to_string())?;
+                }
+            }
+            match seen {
+                true => println!("ok: {}: {CANARY} {test}: {reported_as}", self.name),
+                false => println!("FAILED {}: {CANARY} {test}: nothing reported", self.name),
+            }
+            count += usize::from(seen);
+        }
+        Ok(count)
+    }
+
     /// How to run `program`, its reports going to the folder `reports`; nothing if the tool cannot.
     fn command(&self, program: &Program, reports: &Path) -> Option<Command> {
         let log = reports.join(&program.name);
@@ -355,6 +428,14 @@ impl Tool {
     }
 }
 
+/// What lies in `folder`.
+fn files(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    let found = folder
+        .read_dir()
+        .map_err(|e| format!("{}: {e}", folder.display()))?;
+    Ok(found.flatten().map(|file| file.path()).collect())
+}
+
 /// Builds as usual, and runs each test program under valgrind.
 fn valgrind(wanted: &Wanted<'_>) -> Outcome {
     if asked("valgrind", &["--version"]).is_err() {
@@ -373,7 +454,8 @@ fn valgrind(wanted: &Wanted<'_>) -> Outcome {
         build.args(["--test", name]);
     }
     for program in programs(&mut build)? {
-        if !wanted.wants(&program.name) {
+        let is_canary = program.name == CANARY;
+        if !is_canary && !wanted.wants(&program.name) {
             continue;
         }
         let mut command = Command::new("valgrind");
@@ -381,7 +463,19 @@ fn valgrind(wanted: &Wanted<'_>) -> Outcome {
             .args(["--quiet", "--error-exitcode=9"])
             .arg(program.path)
             .args(["--quiet", "--test-threads=1"]);
-        timed(&format!("valgrind: {}", program.name), &mut command)?;
+        if is_canary {
+            command.args(["--ignored", "--exact", FREED]);
+            let output = command.output().map_err(|e| format!("valgrind: {e}"))?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            if output.status.code() != Some(9) || !said.contains("Invalid read") {
+                return Err(format!(
+                    "FAILED valgrind: {CANARY} {FREED}: nothing reported"
+                ));
+            }
+            println!("ok: valgrind: {CANARY} {FREED}: Invalid read");
+        } else {
+            timed(&format!("valgrind: {}", program.name), &mut command)?;
+        }
     }
     Ok(())
 }
@@ -408,7 +502,11 @@ struct Program {
 /// Builds the test programs of a `cargo test`, and tells where they are.
 fn programs(build: &mut Command) -> Result<Vec<Program>, String> {
     let output = build
-        .args(["--quiet", "--no-run", "--message-format=json"])
+        .args([
+            "--quiet",
+            "--no-run",
+            "--message-format=json-render-diagnostics",
+        ])
         .stderr(Stdio::inherit())
         .output()
         .map_err(|e| format!("cannot run cargo: {e}"))?;

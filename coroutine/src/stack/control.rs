@@ -41,6 +41,7 @@ use corosensei::stack::valgrind::ValgrindStackRegistration;
 use corosensei::stack::{Stack, StackPointer};
 
 use super::fibre::Fibre;
+use super::marks;
 use crate::protocol::mark::WakeMark;
 use crate::release::Hook;
 use crate::schedule::Schedule;
@@ -154,26 +155,6 @@ unsafe impl Sync for Control {}
 fn register_with_valgrind(control: &'static Control) {
     let bytes = ptr::from_ref(control).addr() - control.low.addr();
     std::mem::forget(ValgrindStackRegistration::new(control.low, bytes));
-}
-
-/// Tells AddressSanitizer that nothing lies on this stack: the frames of the last life were left as
-/// they were (decision 0011), and the marks around their locals with them.
-///
-/// # Safety
-/// No life is on the stack.
-#[inline(always)]
-unsafe fn forget_frames(control: &Control) {
-    #[cfg(feature = "sanitizer")]
-    {
-        unsafe extern "C" {
-            fn __asan_unpoison_memory_region(address: *const u8, bytes: usize);
-        }
-        let bytes = ptr::from_ref(control).addr() - control.low.addr();
-        // SAFETY: changes marks of the sanitizer alone, for memory that is an idle stack.
-        unsafe { __asan_unpoison_memory_region(control.low, bytes) };
-    }
-    #[cfg(not(feature = "sanitizer"))]
-    let _ = control;
 }
 
 /// How far below the base of a stack corosensei keeps the parent link. Not in its interface, so it
@@ -296,7 +277,7 @@ impl Control {
         F: FnOnce(&'static Control),
     {
         // SAFETY: the stack is idle, as the caller promises.
-        unsafe { forget_frames(self) };
+        unsafe { marks::usable(self.low, ptr::from_ref(self).cast()) };
         let body = move |yielder: &Yielder<(), ()>, ()| {
             // Found by the place of the parent link, and not carried along: what is copied at each
             // beginning is the entry alone, and the frames are that much nearer.
@@ -467,7 +448,12 @@ impl Control {
         unsafe { std::hint::assert_unchecked(!raw.done()) };
         self.fibre.enter();
         raw.resume(());
-        self.fibre.left(self.phase.get() == Phase::Finished);
+        let over = self.phase.get() == Phase::Finished;
+        self.fibre.left(over);
+        if over {
+            // SAFETY: this life has made its last switch, to us.
+            unsafe { marks::over(self.low, ptr::from_ref(self).cast()) };
+        }
     }
 
     /// Switches from this stack to whoever switched to it last.

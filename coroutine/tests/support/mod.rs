@@ -4,11 +4,12 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use coblock_coroutine::{Ready, Schedule};
+use coblock_coroutine::{Departure, Ready, Schedule};
 
 /// The simplest home there is. Belongs to the thread that made it, until another one adopts it.
 pub struct TestHome {
@@ -96,6 +97,67 @@ impl Schedule for TestHome {
     fn name(&self) -> &str {
         &self.name
     }
+}
+
+/// A home with its own thread, which also lets departures go.
+pub struct Driven {
+    pub home: Arc<TestHome>,
+    pub departures: Arc<Mutex<Vec<Departure>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Driven {
+    pub fn new(name: &str) -> Driven {
+        let home = TestHome::new(name);
+        let (departures, stop) = (
+            Arc::new(Mutex::new(Vec::<Departure>::new())),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let thread = {
+            let (home, departures, stop) = (home.clone(), departures.clone(), stop.clone());
+            std::thread::spawn(move || {
+                home.adopt();
+                home.drive_until(|| {
+                    while let Some(departure) = { departures.lock().unwrap().pop() } {
+                        departure.depart();
+                    }
+                    stop.load(Ordering::SeqCst)
+                });
+            })
+        };
+        while home.is_home() {
+            std::thread::yield_now();
+        }
+        Driven {
+            home,
+            departures,
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    pub fn id(&self) -> std::thread::ThreadId {
+        self.thread.as_ref().unwrap().thread().id()
+    }
+}
+
+impl Drop for Driven {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// Waits until `done`, at most a minute of rests.
+pub fn until(done: impl Fn() -> bool) {
+    for _ in 0..12_000 {
+        if done() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    panic!("it never came");
 }
 
 /// The message of a panic.
