@@ -113,6 +113,7 @@ impl Qcow2 {
         self.lower_durable(co, graph, meta)?;
         self.at(coblock_block::Event::ClusterAlloc);
         let (first, clusters) = self.find_free(co, graph, meta, want, exact)?;
+        assert!(first.0 > 0, "cluster 0 is the header's");
         for nth in 0..clusters {
             let raised = self.change_refcount(co, graph, meta, HostCluster(first.0 + nth), true);
             if let Err(error) = raised {
@@ -166,8 +167,7 @@ impl Qcow2 {
                 if run > 0 && !exact {
                     break;
                 }
-                // All clusters of this range are free, and so is all that follows up to the next
-                // block.
+                // No cluster of this range is counted, and none that follows up to the next block.
                 let blocks = blocks_for(at.0 % per_block, if exact { want } else { 1 }, per_block);
                 if (block..block + blocks).any(|b| self.refcount_table.get(b) != 0) {
                     // A later block is in the way of a run of this length.
@@ -179,6 +179,8 @@ impl Qcow2 {
                     (at, run) = (HostCluster(meta.cursor.max(at.0)), 0);
                     continue;
                 }
+                // In a damaged image there may be tables all the same.
+                self.assert_no_tables(co, graph, at, blocks)?;
                 self.add_refcount_blocks(co, graph, meta, at, blocks)?;
                 (at, run) = (HostCluster(at.0 + blocks), 0);
                 continue;
@@ -225,6 +227,18 @@ impl Qcow2 {
                 Err(self.signal_corruption(co, graph, Error::UncountedTable { table, host }))
             }
         }
+    }
+
+    /// The same for `count` clusters from `first` on that no block counts.
+    pub(crate) fn assert_no_tables(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        first: HostCluster,
+        count: u64,
+    ) -> Result<()> {
+        (first.0..first.0 + count)
+            .try_for_each(|cluster| self.assert_no_table(co, graph, HostCluster(cluster)))
     }
 
     /// Gives back clusters that were allocated and never mapped.

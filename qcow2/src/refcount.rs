@@ -140,7 +140,7 @@ impl Qcow2 {
     }
 
     /// Makes `count` refcount blocks for the ranges from that of `at` on, in the clusters from `at`
-    /// on. None of these ranges has a block, so all their clusters are free.
+    /// on. None of these ranges has a block, and no table that we know of lies in these clusters.
     ///
     /// # Errors
     /// I/O, or the table would grow past its limit. Nothing has changed but perhaps unused clusters
@@ -192,6 +192,7 @@ impl Qcow2 {
         blocks: u64,
         used: u64,
     ) -> Result<()> {
+        assert!(at.0 > 0, "cluster 0 is the header's");
         let width = self.refcount_width();
         let per_block = self.geometry.refcount_block_entries();
         let first = self.geometry.refcount_table_index(at);

@@ -519,6 +519,14 @@ pub fn cases() -> Vec<Case> {
             Bad("refcount of zero"),
         ),
         case(
+            "no CVE: no refcount block for the header",
+            || changed(|i| put64(i, 0x1_0000, 0)),
+            Good,
+            Good,
+            Good,
+            Bad("image header at host offset 0x0 has a refcount of zero"),
+        ),
+        case(
             "no CVE: every refcount is zero",
             || changed(|i| i[0x2_0000..0x3_0000].fill(0)),
             Good,
