@@ -254,6 +254,8 @@ impl Qcow2 {
         let table_at = geometry.host_start(HostCluster(start.0 + blocks));
         let new_len = table_bytes / spec::TABLE_ENTRY_LEN;
 
+        // Nothing counts this area: in a damaged image tables may lie there all the same.
+        self.assert_no_tables(co, graph, start, used)?;
         self.at(coblock_block::Event::ReftableGrow);
         // Every block that the copy will name is complete in the file.
         self.write_back(co, graph, true, Counts::Written)?;

@@ -118,3 +118,39 @@ fn no_refcount_block_over_a_table_that_nothing_counts() {
         f.refuses(8 * CLUSTER, table, &format!("{table} at host offset"));
     }
 }
+
+/// Clusters of 512 bytes, counts of 64 bits, every cluster that the refcount table can cover in use,
+/// and behind them the only L2 table and its data.
+fn full_refcount_table() -> Vec<u8> {
+    const BLOCKS: usize = 64;
+    let covered = BLOCKS * 64 * 512;
+    let l1 = 512 * (2 + BLOCKS);
+    let mut image = fresh_image()[..512].to_vec();
+    image.resize(covered + 1024, 0);
+    put32(&mut image, 20, 9);
+    put64(&mut image, 24, 64 * 512);
+    put64(&mut image, 40, l1 as u64);
+    put64(&mut image, 48, 512);
+    put32(&mut image, 96, 6);
+    for block in 0..BLOCKS {
+        put64(&mut image, 512 + 8 * block, (1024 + 512 * block) as u64);
+    }
+    for count in image[1024..l1].chunks_exact_mut(8) {
+        count.copy_from_slice(&1u64.to_be_bytes());
+    }
+    put64(&mut image, l1, covered as u64 | COPIED);
+    put64(&mut image, covered, (covered as u64 - 512) | COPIED);
+    image[covered - 512..covered].fill(1);
+    image
+}
+
+/// A refcount table that grows lies behind all that the old one covers. An L2 table was there, and
+/// every write through it said that it had succeeded.
+#[test]
+fn no_refcount_table_grows_over_a_table_that_nothing_counts() {
+    let f = Fixture::of(&full_refcount_table());
+    let disk = f.open();
+    assert_eq!(f.read(&disk, 0, 512), [1; 512]);
+    f.close(disk);
+    f.refuses(16 * 512, "grow", "L2 table at host offset");
+}
