@@ -5,14 +5,17 @@
 //! lengths: where counts are wide enough, they lie without a gap, so that some share a host cluster
 //! and some reach into the next one.
 
+use std::ops::RangeInclusive;
+
 use flate2::{Compress, Compression, FlushCompress, Status};
 
-use super::image::set_refcount;
+use super::image::File;
 use super::model::stamp;
 use super::rng::Rng;
 use super::script::Setting;
 
-/// A compressed cluster.
+/// A cluster that an image begins with.
+#[derive(Clone)]
 pub struct Cluster {
     /// Where in the guest's disk it begins.
     pub offset: u64,
@@ -51,14 +54,9 @@ fn content(setting: &Setting, offset: u64, nth: u64, rng: &mut Rng) -> Vec<u8> {
 
 /// Adds these clusters, and the L2 tables that they need, to the empty image of `setting`.
 pub fn add(image: &mut Vec<u8>, setting: &Setting) {
-    let mut file = File {
-        image,
-        cluster: usize::try_from(setting.cluster()).expect("a cluster"),
-        bits: 1 << setting.refcount_order,
-        end: 0,
-    };
+    let mut file = File::new(image, setting);
     for Cluster { offset, content } in clusters(setting) {
-        let entry = file.l2_entry(setting, offset);
+        let entry = file.l2_entry(offset);
         let packed = pack(setting, &content);
         let host = file.place(&packed);
         // qcow2 specification, "Compressed Clusters Descriptor": bit 62, the sectors after the
@@ -84,86 +82,14 @@ fn pack(setting: &Setting, content: &[u8]) -> Vec<u8> {
     packed
 }
 
-/// An image that grows; its one refcount block counts all of it.
-struct File<'a> {
-    image: &'a mut Vec<u8>,
-    cluster: usize,
-    /// Of a refcount.
-    bits: usize,
-    /// Where the next compressed data may go, without a gap.
-    end: usize,
-}
-
-impl File<'_> {
-    fn get64(&self, at: usize) -> u64 {
-        u64::from_be_bytes(self.image[at..at + 8].try_into().expect("eight bytes"))
-    }
-
-    fn put64(&mut self, at: usize, value: u64) {
-        self.image[at..at + 8].copy_from_slice(&value.to_be_bytes());
-    }
-
-    /// Sets the count of a host cluster.
-    fn count(&mut self, index: usize, count: u8) {
-        assert!(
-            index < self.cluster * 8 / self.bits,
-            "one refcount block is enough for the start"
-        );
-        let block = &mut self.image[2 * self.cluster..3 * self.cluster];
-        set_refcount(block, index, self.bits, count);
-    }
-
-    /// The count of a host cluster.
-    fn counted(&self, index: usize) -> u8 {
-        let block = &self.image[2 * self.cluster..3 * self.cluster];
-        if self.bits < 8 {
-            block[index * self.bits / 8] >> (index * self.bits % 8) & ((1 << self.bits) - 1)
-        } else {
-            block[(index + 1) * self.bits / 8 - 1]
-        }
-    }
-
-    /// A new cluster of zeros at the end; its offset.
-    fn add_cluster(&mut self) -> usize {
-        let at = self.image.len();
-        self.image.resize(at + self.cluster, 0);
-        at
-    }
-
-    /// Where the L2 entry of the cluster at `offset` lies; adds its table if there is none.
-    fn l2_entry(&mut self, setting: &Setting, offset: u64) -> usize {
-        let index = usize::try_from(offset / setting.cluster()).expect("a small disk");
-        let entries = self.cluster / 8;
-        let l1_entry = 3 * self.cluster + index / entries * 8;
-        if self.get64(l1_entry) == 0 {
-            let table = self.add_cluster();
-            self.count(table / self.cluster, 1);
-            self.put64(l1_entry, table as u64 | 1 << 63);
-        }
-        let table = self.get64(l1_entry) & !(1 << 63);
-        usize::try_from(table).expect("a small file") + index % entries * 8
-    }
-
-    /// Puts `data` behind what was put before, if the counts allow it, and counts it.
-    fn place(&mut self, data: &[u8]) -> usize {
-        let most = u8::MAX >> 8_usize.saturating_sub(self.bits);
-        let last = self.end.saturating_sub(1) / self.cluster;
-        let is_newest = (last + 1) * self.cluster == self.image.len();
-        if self.end == 0 || !is_newest || self.counted(last) == most {
-            self.end = self.image.len();
-        }
-        let host = self.end;
-        self.end += data.len();
-        while self.image.len() < self.end {
-            self.add_cluster();
-        }
-        self.image[host..self.end].copy_from_slice(data);
-        for index in host / self.cluster..=(self.end - 1) / self.cluster {
-            let count = self.counted(index) + 1;
-            self.count(index, count);
-        }
-        host
-    }
+/// The host clusters in which the data of a compressed cluster lies, by its descriptor.
+pub fn host_clusters(setting: &Setting, descriptor: u64) -> RangeInclusive<usize> {
+    let shift = 70 - setting.cluster_bits;
+    let place = descriptor & !(1 << 62);
+    let host = usize::try_from(place & ((1 << shift) - 1)).expect("a small file");
+    let sectors = usize::try_from(place >> shift).expect("few");
+    let last = (host / 512 + sectors) * 512;
+    host >> setting.cluster_bits..=last >> setting.cluster_bits
 }
 
 #[cfg(test)]
@@ -188,13 +114,8 @@ mod tests {
             add(&mut image, &setting);
             assert_eq!(image.len() > before, setting.compressed > 0);
             kinds.insert((setting.compressed > 0, setting.zstd));
-            let file = File {
-                image: &mut image,
-                cluster: 1 << setting.cluster_bits,
-                bits: 1 << setting.refcount_order,
-                end: 0,
-            };
-            let counts = (0..file.image.len() / file.cluster).map(|index| file.counted(index));
+            let file = File::new(&mut image, &setting);
+            let counts = (0..file.clusters()).map(|index| file.counted(index));
             shared += counts.filter(|count| *count > 1).count();
             across += spans(&setting, &file)
                 .iter()
@@ -210,17 +131,12 @@ mod tests {
 
     /// The first and the last host cluster of every compressed cluster.
     fn spans(setting: &Setting, file: &File<'_>) -> Vec<(usize, usize)> {
-        let shift = 70 - setting.cluster_bits;
         let span = |Cluster { offset, .. }: Cluster| {
             let index = usize::try_from(offset / setting.cluster()).expect("a small disk");
             let entries = file.cluster / 8;
             let table = file.get64(3 * file.cluster + index / entries * 8) & !(1 << 63);
             let at = usize::try_from(table).expect("a small file") + index % entries * 8;
-            let entry = file.get64(at) & !(1 << 62);
-            let host = usize::try_from(entry & ((1 << shift) - 1)).expect("a small file");
-            let sectors = usize::try_from(entry >> shift).expect("few");
-            let last = (host / 512 + sectors) * 512 / file.cluster;
-            (host / file.cluster, last)
+            host_clusters(setting, file.get64(at)).into_inner()
         };
         clusters(setting).into_iter().map(span).collect()
     }

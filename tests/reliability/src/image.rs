@@ -6,7 +6,7 @@
 //!           1   refcount table
 //!           2   first refcount block
 //!           3.. L1 table
-//!             (what compressed.rs adds)
+//!             (what compressed.rs and kept.rs add)
 //! ```
 
 use super::script::Setting;
@@ -93,6 +93,104 @@ pub fn set_refcount(block: &mut [u8], index: usize, bits: usize, count: u8) {
         *byte |= count << shift;
     } else {
         block[(index + 1) * bits / 8 - 1] = count;
+    }
+}
+
+/// An image that grows; its one refcount block counts all of it.
+pub struct File<'a> {
+    pub image: &'a mut Vec<u8>,
+    /// Bytes of a cluster.
+    pub cluster: usize,
+    /// Of a refcount.
+    bits: usize,
+    /// Where the next compressed data may go, without a gap.
+    end: usize,
+}
+
+impl<'a> File<'a> {
+    /// The image of `setting`.
+    pub fn new(image: &'a mut Vec<u8>, setting: &Setting) -> Self {
+        File {
+            image,
+            cluster: usize::try_from(setting.cluster()).expect("a cluster"),
+            bits: 1 << setting.refcount_order,
+            end: 0,
+        }
+    }
+
+    /// How many clusters it has.
+    pub fn clusters(&self) -> usize {
+        self.image.len() / self.cluster
+    }
+
+    pub fn get64(&self, at: usize) -> u64 {
+        u64::from_be_bytes(self.image[at..at + 8].try_into().expect("eight bytes"))
+    }
+
+    pub fn put64(&mut self, at: usize, value: u64) {
+        self.image[at..at + 8].copy_from_slice(&value.to_be_bytes());
+    }
+
+    /// Sets the count of a host cluster, which was lower.
+    pub fn count(&mut self, index: usize, count: u8) {
+        assert!(
+            index < self.cluster * 8 / self.bits,
+            "one refcount block is enough for the start"
+        );
+        let block = &mut self.image[2 * self.cluster..3 * self.cluster];
+        set_refcount(block, index, self.bits, count);
+    }
+
+    /// The count of a host cluster.
+    pub fn counted(&self, index: usize) -> u8 {
+        let block = &self.image[2 * self.cluster..3 * self.cluster];
+        if self.bits < 8 {
+            block[index * self.bits / 8] >> (index * self.bits % 8) & ((1 << self.bits) - 1)
+        } else {
+            block[(index + 1) * self.bits / 8 - 1]
+        }
+    }
+
+    /// A new cluster of zeros at the end; its offset.
+    pub fn add_cluster(&mut self) -> usize {
+        let at = self.image.len();
+        self.image.resize(at + self.cluster, 0);
+        at
+    }
+
+    /// Where the L2 entry of the cluster at `offset` lies; adds its table if there is none.
+    pub fn l2_entry(&mut self, offset: u64) -> usize {
+        let index = usize::try_from(offset / self.cluster as u64).expect("a small disk");
+        let entries = self.cluster / 8;
+        let l1_entry = 3 * self.cluster + index / entries * 8;
+        if self.get64(l1_entry) == 0 {
+            let table = self.add_cluster();
+            self.count(table / self.cluster, 1);
+            self.put64(l1_entry, table as u64 | 1 << 63);
+        }
+        let table = self.get64(l1_entry) & !(1 << 63);
+        usize::try_from(table).expect("a small file") + index % entries * 8
+    }
+
+    /// Puts `data` behind what was put before, if the counts allow it, and counts it.
+    pub fn place(&mut self, data: &[u8]) -> usize {
+        let most = u8::MAX >> 8_usize.saturating_sub(self.bits);
+        let last = self.end.saturating_sub(1) / self.cluster;
+        let is_newest = (last + 1) * self.cluster == self.image.len();
+        if self.end == 0 || !is_newest || self.counted(last) == most {
+            self.end = self.image.len();
+        }
+        let host = self.end;
+        self.end += data.len();
+        while self.image.len() < self.end {
+            self.add_cluster();
+        }
+        self.image[host..self.end].copy_from_slice(data);
+        for index in host / self.cluster..=(self.end - 1) / self.cluster {
+            let count = self.counted(index) + 1;
+            self.count(index, count);
+        }
+        host
     }
 }
 

@@ -78,6 +78,7 @@ impl Judge {
 
     /// After a run in which nothing failed: no leak either, and every unit as the history says.
     pub fn after_all(&self, played: &mut Played) -> Verdict {
+        played.stage.snapshot_is_whole()?;
         for disk in played.stage.layers() {
             let leaks = self.sound(&disk)?;
             if leaks > 0 {
@@ -103,6 +104,7 @@ impl Judge {
         at: usize,
         left: &Arc<SimDisk>,
     ) -> Verdict<Vec<Content>> {
+        stage.snapshot_is_whole()?;
         let dirty = is_dirty(left);
         if !dirty {
             self.sound(left)?;

@@ -164,6 +164,7 @@ fn judge(setting: &Setting, history: History, path: &Path) -> Verdict {
         disk: left.clone(),
         overlays: Overlays::default(),
         base: SimDisk::new(0),
+        kept: std::sync::Arc::default(),
         audit: false,
     };
     let judge = Judge::default();

@@ -47,6 +47,7 @@ pub mod fuzz;
 pub mod hunters;
 pub mod image;
 pub mod judge;
+pub mod kept;
 pub mod kills;
 pub mod layers;
 pub mod load;

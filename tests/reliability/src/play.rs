@@ -16,13 +16,14 @@ use coblock::block::{self, BlockBackend, Explicit, Node, Options};
 use coblock::coroutine::Co;
 use coblock::qcow2::{Qcow2, Qcow2Stats};
 
+use super::judge::Verdict;
 use super::layers::{self, Overlays};
 use super::load::{Ended, Load, Loaded};
 use super::model::{History, stamp};
 use super::request::LIMITS;
 use super::script::{Script, Setting};
 use super::sim::{self, Simulation};
-use super::{compressed, image};
+use super::{compressed, image, kept};
 
 /// Name of the backing file, as the image has it.
 pub const BACKING: &str = "base.raw";
@@ -36,6 +37,8 @@ pub struct Stage {
     pub overlays: Overlays,
     /// The backing file; empty where there is none.
     pub base: Arc<SimDisk>,
+    /// What the internal snapshot owns of the image.
+    pub kept: Arc<kept::Snapshot>,
     /// Compare counts with references after each request.
     pub audit: bool,
 }
@@ -48,11 +51,13 @@ impl Stage {
         let backing = (setting.backing > 0).then_some(BACKING);
         let mut image = image::empty(setting, backing);
         compressed::add(&mut image, setting);
+        let kept = Arc::new(kept::add(&mut image, setting));
         Stage {
             setting: setting.clone(),
             disk: SimDisk::with_contents(&image),
             overlays: Overlays::default(),
             base: SimDisk::with_contents(&base),
+            kept,
             audit: true,
         }
     }
@@ -87,6 +92,7 @@ impl Stage {
             size: len,
             lazy: false,
             zstd: false,
+            kept: 0,
             ..self.setting.clone()
         };
         let below = layers::file_name(layer - 1);
@@ -108,10 +114,19 @@ impl Stage {
         } = self.setting;
         let mut history = History::new(size, unit, seed);
         history.set_base(backing);
-        for cluster in compressed::clusters(&self.setting) {
+        let plain = kept::clusters(&self.setting);
+        for cluster in compressed::clusters(&self.setting).iter().chain(&plain) {
             history.set_initial(cluster.offset, &cluster.content);
         }
         history
+    }
+
+    /// Is the internal snapshot that the image began with as it was?
+    ///
+    /// # Errors
+    /// Where it is not.
+    pub fn snapshot_is_whole(&self) -> Verdict {
+        self.kept.is_whole(&self.disk)
     }
 
     /// From now on the disk answers late and in any order, as the setting says.

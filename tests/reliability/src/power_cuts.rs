@@ -28,7 +28,8 @@ const SAMPLE: Sample = Sample {
     per_place: 0,
 };
 
-/// The workload of a seed; some with several queues, flags and resizes.
+/// The workload of a seed; some with several queues, flags and resizes, some on an image that begins
+/// with an internal snapshot.
 pub fn workload(seed: u64) -> Script {
     let mut rng = Rng::new(seed ^ 0xbac4);
     let mut script = Params::draw_short(seed).script();
@@ -49,6 +50,10 @@ pub fn workload(seed: u64) -> Script {
     }
     if rng.chance(30) {
         swarm::add_resizes(&mut script, &mut rng, 1);
+    }
+    let setting = &mut script.setting;
+    if setting.version > 2 && setting.refcount_order > 2 && rng.chance(30) {
+        setting.kept = rng.between(1, 12);
     }
     script
 }

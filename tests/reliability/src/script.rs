@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! # a comment
-//! image version=3 cluster-bits=12 refcount-order=4 size=0x100000 backing=0x80000 compressed=4 lazy
+//! image version=3 cluster-bits=12 refcount-order=4 size=0x100000 backing=0x80000 compressed=4 kept=8 lazy
 //! open serial small-caches queues=2 copy-on-read throttle-node ignore-discards
 //! run seed=7 unit=512 in-flight=8 delay-us=200
 //! write 0x1000 4096
@@ -257,6 +257,9 @@ pub struct Setting {
     pub compressed: u64,
     /// They are compressed by zstd.
     pub zstd: bool,
+    /// Plain clusters that the image begins with, and an internal snapshot that shares everything;
+    /// 0: there is none.
+    pub kept: u64,
     /// Refcounts are lazy, and the image dirty while it is open.
     pub lazy: bool,
     /// Requests take turns (serial mode).
@@ -290,6 +293,7 @@ impl Default for Setting {
             backing: 0,
             compressed: 0,
             zstd: false,
+            kept: 0,
             lazy: false,
             serial: false,
             small_caches: true,
@@ -324,6 +328,7 @@ impl Setting {
             "backing" => self.backing = number(value)?,
             "compressed" => self.compressed = number(value)?,
             "zstd" => self.zstd = true,
+            "kept" => self.kept = number(value)?,
             "lazy" => self.lazy = true,
             "serial" => self.serial = true,
             "small-caches" => self.small_caches = true,
@@ -345,13 +350,14 @@ impl fmt::Display for Setting {
         let word = |set: bool, word: &'static str| if set { word } else { "" };
         writeln!(
             f,
-            "image version={} cluster-bits={} refcount-order={} size={:#x} backing={:#x} compressed={}{}{}",
+            "image version={} cluster-bits={} refcount-order={} size={:#x} backing={:#x} compressed={} kept={}{}{}",
             self.version,
             self.cluster_bits,
             self.refcount_order,
             self.size,
             self.backing,
             self.compressed,
+            self.kept,
             word(self.zstd, " zstd"),
             word(self.lazy, " lazy"),
         )?;
@@ -425,6 +431,7 @@ impl Script {
             ("two queues or more", setting.queues > 1),
             ("backing", setting.backing > 0),
             ("compressed", setting.compressed > 0),
+            ("internal snapshot", setting.kept > 0),
             ("lazy", setting.lazy),
             ("serial", setting.serial),
             ("copy-on-read", setting.copy_on_read),
@@ -460,6 +467,9 @@ impl Script {
         }
         if backing > size || !whole(backing) || in_flight == 0 || queues == 0 {
             return Err("a setting that makes no sense".to_string());
+        }
+        if self.setting.kept > 0 && (self.setting.version < 3 || self.setting.refcount_order < 3) {
+            return Err("an internal snapshot needs version 3 and counts of 8 bits".to_string());
         }
         for op in &self.ops {
             if let Some((offset, len)) = op.range()
@@ -523,6 +533,7 @@ mod tests {
             ("run unit=512\n\nwrote 0 512", "line 3: no operation"),
             ("image size=many", "line 1: 'many'"),
             ("image colour=red", "no setting"),
+            ("image version=2 kept=1", "needs version 3"),
             ("image size=0x1000\nwrite 0x1000 512", "not on the units"),
             ("discard 0x1000 512 fua", "line 1: no operation"),
             ("move 1", "not with this disk and these queues"),
