@@ -11,7 +11,7 @@
 //! Nothing here is in flight: an action that waits has not begun.
 
 use crate::context::AioContext;
-use coblock_coroutine::ThreadLock;
+use coblock_coroutine::{ThreadLock, mutant};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -88,10 +88,14 @@ fn run_in_order() {
         let next = {
             let mut list = context.postponed.0.lock();
             // A section may have begun since, also by the action that just ran.
-            if context.external_disabled() > 0 {
+            let disabled = context.external_disabled() > 0;
+            if disabled && !mutant!("a new section keeps no postponed action") {
                 break;
             }
-            list.actions.pop_first()
+            match mutant!("what was postponed last runs first") {
+                true => list.actions.pop_last(),
+                false => list.actions.pop_first(),
+            }
         };
         match next {
             Some((_, action)) => (action.run)(),
@@ -124,7 +128,8 @@ impl Postponer {
     /// Must a request wait: are external requests disabled, or does an earlier action wait still?
     /// Asked by a device in the home of the context, where the answer stays true until it returns.
     pub fn must_postpone(&self) -> bool {
-        self.context.external_disabled() > 0 || self.waiting() > 0
+        self.context.external_disabled() > 0
+            || self.waiting() > 0 && !mutant!("a request overtakes postponed ones")
     }
 
     /// Runs `action` from a bottom half of the context, after all that were postponed there before,
@@ -173,7 +178,9 @@ impl Postponer {
 
 impl Drop for Postponer {
     fn drop(&mut self) {
-        self.reset();
+        if !mutant!("postponed actions outlive their owner") {
+            self.reset();
+        }
     }
 }
 

@@ -21,7 +21,7 @@ use crate::request_table::{RequestKind, RequestTable, Tracked};
 use crate::throttle::ThrottleGroup;
 use crate::types::{Preallocation, RequestFlags, bytes};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
-use coblock_coroutine::Co;
+use coblock_coroutine::{Co, mutant};
 use root::Resuming;
 pub(crate) use root::Root;
 use std::fmt;
@@ -405,7 +405,7 @@ impl BlockBackend {
                 break (request, graph);
             }
             // No more in flight, and no reader: the section may change the graph.
-            drop(request);
+            let _kept = mutant!("a request that is held back is in flight").then_some(request);
             drop(graph);
             resuming = self.root.wait_as_request(co);
         };

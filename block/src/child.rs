@@ -8,7 +8,7 @@ use crate::io::{Copied, CopySource, CopyTarget, Status};
 use crate::node::Node;
 use crate::types::{ChildRole, FileId, Limits, Permissions, Preallocation, RequestFlags};
 use coblock_aio::{IoVec, IoVecMut};
-use coblock_coroutine::Co;
+use coblock_coroutine::{Co, mutant};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -422,7 +422,9 @@ impl Parent for Child {
     fn drained_begin(&self, section: &mut Section<'_>) {
         let was = self.quiesced.swap(true, Ordering::Relaxed);
         assert!(!was, "edge '{}' quiesces its parent twice", self.name);
-        if let Some(parent) = self.parent_in(section) {
+        if let Some(parent) = self.parent_in(section)
+            && !mutant!("sections do not reach upward")
+        {
             parent.quiesce(section);
         }
     }
@@ -430,7 +432,9 @@ impl Parent for Child {
     fn drained_end(&self, section: &mut Section<'_>) {
         let was = self.quiesced.swap(false, Ordering::Relaxed);
         assert!(was, "edge '{}' lets its parent go twice", self.name);
-        if let Some(parent) = self.parent_in(section) {
+        if let Some(parent) = self.parent_in(section)
+            && !mutant!("sections do not reach upward")
+        {
             parent.unquiesce(section);
         }
     }
@@ -467,7 +471,9 @@ impl Parent for Child {
     }
 
     fn collect(self: Arc<Self>, section: &mut Section<'_>, busy: &mut Collected) {
-        if let Some(parent) = self.parent_in(section) {
+        if let Some(parent) = self.parent_in(section)
+            && !mutant!("a section does not wait for those above")
+        {
             parent.collect_busy(section, busy);
         }
     }

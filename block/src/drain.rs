@@ -22,7 +22,7 @@ use crate::request_table::{InFlight, RequestTable, Wake};
 use crate::sync::heavy_fence;
 use crate::types::{ChildRole, Permissions};
 use coblock_aio::{AioContext, Timer};
-use coblock_coroutine::{Co, Hold, ThreadGuard, WakeHandle};
+use coblock_coroutine::{Co, Hold, ThreadGuard, WakeHandle, mutant};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::panic::Location;
@@ -256,7 +256,9 @@ impl Quiesced {
         let (quiesced, devices) = Quiesced::quiesce(scope);
         // Rule 5.9: they may wait for threads of their own, hence without the lock.
         for device in devices {
-            device.drain_threads();
+            if !mutant!("threads of devices go on in a section") {
+                device.drain_threads();
+            }
         }
         quiesced
     }
@@ -476,7 +478,9 @@ impl Target<'_> {
         let Some(backend) = self.operations_of else {
             return false;
         };
-        std::ptr::eq(busy.table(), backend.requests()) && backend.operations() > 0
+        std::ptr::eq(busy.table(), backend.requests())
+            && backend.operations() > 0
+            && !mutant!("a section does not wait for operations of several requests")
     }
 }
 
@@ -545,7 +549,9 @@ fn quiesce_in_main(scope: &Scope, co: &Co) -> Quiesced {
     if main.is_current() {
         return Quiesced::begin(scope.clone());
     }
-    if let Scope::Node(node, _) = scope {
+    if let Scope::Node(node, _) = scope
+        && !mutant!("a section that is about to begin is not in flight")
+    {
         node.section_begins();
     }
     let scope = scope.clone();
@@ -644,7 +650,10 @@ impl<'a> Watch<'a> {
             heavy_fence();
             return now.list;
         }
-        let now = now.list;
+        let now = match mutant!("a section looks only at whom it found at first") {
+            true => self.announced.list.clone(),
+            false => now.list,
+        };
         let before = self.announced.list.len();
         for busy in &now {
             if self.announced.seen.insert(Arc::as_ptr(busy).addr()) {

@@ -16,7 +16,7 @@ mod sync {
     pub(crate) use crate::sync::*;
 }
 
-use coblock_coroutine::{Co, Held, Hold, Schedule, ThreadLock, WakeHandle};
+use coblock_coroutine::{Co, Held, Hold, Schedule, ThreadLock, WakeHandle, mutant};
 use protocol::{ReaderCount, WriterFlags};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -157,7 +157,10 @@ impl GraphLock {
         // Pairs with the release of the last strong count: the dead home's plain stores, here and
         // in every table with a row per context, come before ours.
         fence(Ordering::Acquire);
-        slow.orphans = slow.orphans.wrapping_add(self.slots[index].count.retire());
+        let left = self.slots[index].count.retire();
+        if !mutant!("a dead context takes its readers along") {
+            slow.orphans = slow.orphans.wrapping_add(left);
+        }
         slow.homes[index] = Some(Arc::downgrade(home));
         self.homes.addresses[index].store(address(home), Ordering::Relaxed);
         self.homes.used.fetch_max(index + 1, Ordering::Release);
@@ -304,10 +307,15 @@ impl Drop for ReadLocked<'_> {
     #[inline(always)]
     fn drop(&mut self) {
         let index = match self.co.home() {
-            Some(home) if address(home) != self.home => self.lock.moved_to(home),
+            Some(home)
+                if address(home) != self.home && !mutant!("a reader leaves where it came in") =>
+            {
+                self.lock.moved_to(home)
+            }
             _ => self.slot.index(),
         };
-        if protocol::leave(&self.lock.slots[index].count, &self.lock.flags) {
+        let kick = protocol::leave(&self.lock.slots[index].count, &self.lock.flags);
+        if kick && !mutant!("a reader that leaves kicks no writer") {
             (self.lock.kick)();
         }
     }

@@ -19,7 +19,7 @@ use crate::options::Options;
 use crate::request_table::RequestTable;
 use crate::types::{ChildRole, FileId, Limits, MAX_LENGTH, Perm, Permissions};
 use coblock_aio::{AioContext, Resident};
-use coblock_coroutine::{Co, CoMutex, ThreadLock};
+use coblock_coroutine::{Co, CoMutex, ThreadLock, mutant};
 use serving::Served;
 pub(crate) use serving::{Edges, Serving};
 use std::fmt;
@@ -180,7 +180,7 @@ impl Node {
                 self.leave(&**parent);
                 return Err(error);
             }
-            if self.is_drained() {
+            if self.is_drained() && !mutant!("who comes to a drained node is not held back") {
                 parent.drained_begin(section);
             }
             Ok(())
@@ -414,7 +414,9 @@ impl Node {
             self.name
         );
         // It lives nowhere any more: its context may end.
-        self.set_home(graph.graph().main_context(), None);
+        if !mutant!("a closed node keeps its home") {
+            self.set_home(graph.graph().main_context(), None);
+        }
         flushed.and(closed)
     }
 }
@@ -511,7 +513,7 @@ impl Node {
             "node '{}' leaves a section that it is not in",
             self.name
         );
-        if before == 1 {
+        if before == 1 || mutant!("an inner section ends the outer one") {
             self.driver().drained_end();
             self.each_parent(section, |parent, section| parent.drained_end(section));
         }

@@ -2,7 +2,7 @@
 
 mod support;
 
-use coblock_aio::{AlignedBuf, ContextOptions, EngineKind, IoThread};
+use coblock_aio::{AlignedBuf, ContextOptions, EngineKind, Home, IoThread};
 use coblock_block::drivers::sim::{Fault, Match, SimDisk};
 use coblock_block::{AioRequest, BlockBackend, ErrorKind, Mixed, Options, Result};
 use coblock_coroutine::in_coroutine;
@@ -149,6 +149,34 @@ fn completions_come_when_they_come() {
             "{name}"
         );
     }
+    end(world, backend);
+}
+
+/// Rule 2.4: a callback comes in the context of the submitter, whoever else polls.
+#[test]
+fn a_callback_waits_for_the_submitters_context() {
+    let world = World::simulated();
+    let options = Options::new().with("driver", "null-co");
+    let backend = Arc::new(world.open(options).unwrap());
+    let other = Home::new(ContextOptions {
+        engine: EngineKind::None,
+        ..ContextOptions::named("other")
+    })
+    .unwrap();
+    let (got, done) = got();
+    other.with(|| {
+        let context = other.context().clone();
+        let submitted = backend.aio_pread(0, vec![0_u8; 512], move |result, buf| {
+            assert!(context.is_current());
+            done(result, buf);
+        });
+        submitted.unwrap();
+    });
+    settle(&world);
+    assert!(!ran(&got), "the main context has nothing to do with it");
+    while other.poll(false) {}
+    assert!(ran(&got));
+    other.close();
     end(world, backend);
 }
 

@@ -4,7 +4,7 @@
 mod support;
 
 use coblock_aio::{ContextOptions, EngineKind, IoThread};
-use coblock_block::drivers::sim::SimDisk;
+use coblock_block::drivers::sim::{Match, SimDisk};
 use coblock_block::{BlockBackend, Drain, Drained, ErrorKind, Options, Transaction};
 use coblock_coroutine::Co;
 use std::cell::Cell;
@@ -147,6 +147,47 @@ fn a_filter_is_taken_out_while_its_child_is_being_drained() {
         drop(above);
         end(world, user);
     }
+}
+
+/// Is busy with something that is no request.
+#[derive(Default)]
+struct Device(AtomicBool);
+
+impl coblock_block::Device for Device {
+    fn drained_poll(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Rules 5.1, 5.11: who comes above a node while a section of it waits is waited for, too.
+#[test]
+fn rule_5_11_a_section_waits_for_who_comes_meanwhile() {
+    let disk = SimDisk::new(4096);
+    let (world, user) = sim_world(&disk, &[]);
+    let hold = disk.hold(Match::reads());
+    read_then(&world, &user, |_, _| ());
+    let begun = Rc::new(Cell::new(false));
+    world.home.spawn("drainer", {
+        let (node, begun) = (user.node(), begun.clone());
+        move |co| {
+            let section = node.drain(co);
+            begun.set(true);
+            drop(section);
+        }
+    });
+    settle(&world);
+    let late = BlockBackend::new(&world.graph, user.node());
+    let device = Arc::new(Device(AtomicBool::new(true)));
+    late.set_device(Some(device.clone()));
+    drop(hold);
+    settle(&world);
+    assert!(!begun.get(), "the device is busy still");
+    device.0.store(false, Ordering::Relaxed);
+    late.kick();
+    settle(&world);
+    assert!(begun.get());
+    world.close(late).unwrap();
+    end(world, user);
 }
 
 /// Who goes on at the end of a section takes two of the node's three users away at once: the end

@@ -43,6 +43,29 @@ fn rule_7_5_another_context_does_not_write() {
     other.with(|| drop(graph.write()));
 }
 
+/// Rule 7.5: while a writer waits for readers, nodes are quiesced: what comes from users is held back,
+/// or it could wait for ever.
+#[test]
+fn rule_7_5_no_request_comes_while_a_writer_waits() {
+    let world = World::simulated();
+    let options = Options::new().with("driver", "null-co");
+    let backend = Arc::new(world.open(options).unwrap());
+    let drained = Arc::new(AtomicBool::new(false));
+    world.home.spawn("reader", {
+        let (backend, drained) = (backend.clone(), drained.clone());
+        move |co| {
+            let guard = backend.graph().read(co);
+            coblock_aio::co::reschedule(co);
+            drained.store(backend.node().is_drained(), Ordering::Relaxed);
+            drop(guard);
+        }
+    });
+    world.home.with(|| drop(world.graph.write()));
+    assert!(drained.load(Ordering::Relaxed));
+    assert!(!backend.node().is_drained());
+    support::end(world, backend);
+}
+
 /// Lets the threads go, also when the test fails.
 struct Stop(Arc<AtomicBool>);
 

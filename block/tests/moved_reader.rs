@@ -65,6 +65,10 @@ fn a_reader_leaves_in_the_context_where_it_is() {
         let _guard = graph.read(co);
         assert_eq!(graph.readers(), 1, "other readers are counted as before");
     });
+    let third = Home::new(options("third")).unwrap();
+    let slot = third.run(|co| graph.read(co).slot().index());
+    assert_eq!(slot, 2, "the reader left in the other one, which is 1");
+    third.close();
     // Rule 7.4: the negative count of the other context outlives it.
     there.stop();
     assert_eq!(graph.readers(), 0);

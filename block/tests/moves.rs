@@ -10,7 +10,9 @@ use coblock_block::{
     Action, BlockBackend, Device, Drain, Error, ErrorKind, GraphWrite, Options, Result, Transaction,
 };
 use coblock_coroutine::{Co, ThreadLock};
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use support::contexts::Contexts;
@@ -239,6 +241,42 @@ fn rule_8_3_whoever_refuses_is_named() {
     contexts.end(vec![a, b, beside]);
 }
 
+/// Rule 8.3: who comes while the nodes are drained for a move is asked too; if it does not allow it,
+/// nothing has changed.
+#[test]
+fn rule_8_3_whoever_comes_meanwhile_is_asked() {
+    for allows in [false, true] {
+        let contexts = Contexts::new(7, &["main", "io"]);
+        let disk = SimDisk::new(4096);
+        let backend = contexts.open(sim(&disk).with("node-name", "disk")).unwrap();
+        let hold = disk.hold(Match::reads());
+        let reader = backend.clone();
+        contexts.homes[0].spawn("reader", move |co| {
+            reader.pread(co, 0, &mut [0; 512][..]).unwrap();
+        });
+        let moved = Rc::new(RefCell::new(None));
+        contexts.homes[0].spawn("mover", {
+            let (backend, moved) = (backend.clone(), moved.clone());
+            let io = contexts.context(1).clone();
+            move |co| *moved.borrow_mut() = Some(backend.move_to(co, &io))
+        });
+        contexts.world.run_until(|| backend.node().is_drained());
+        let late = Arc::new(BlockBackend::new(&contexts.graph, backend.node()));
+        late.allow_moves(allows);
+        assert!(moved.borrow().is_none(), "it waits for the read");
+        drop(hold);
+        contexts.world.run_until(|| moved.borrow().is_some());
+        let moved = moved.take().unwrap().map_err(|error| error.kind());
+        let (want, home) = match allows {
+            true => (Ok(()), "io"),
+            false => (Err(ErrorKind::Conflict), "main"),
+        };
+        assert_eq!(moved, want);
+        assert_eq!(contexts.homes_of_nodes(), homes(&[("disk", home)]));
+        contexts.end(vec![backend, late]);
+    }
+}
+
 /// Rules 8.1, 8.3: limits go by one clock, so a node with limits does not move to a context with
 /// another one. Its timers are where its requests are: none stays in the old home.
 #[test]
@@ -432,6 +470,27 @@ fn rule_8_3_a_context_ends_without_nodes() {
         .run(|co| backend.pread(co, 0, &mut [0; 512][..]))
         .unwrap();
     world.close(backend).unwrap();
+    world.end();
+}
+
+/// Rules 3.3, 8.3: a closed node lives nowhere, whoever still holds it: the context that it was in may
+/// end.
+#[test]
+fn rule_8_3_a_context_ends_with_closed_nodes() {
+    let world = World::with_engine(EngineKind::Threads);
+    let backend = world.open(named("disk")).unwrap();
+    let node = backend.node();
+    let thread = IoThread::new(ContextOptions {
+        engine: EngineKind::None,
+        ..ContextOptions::named("io")
+    })
+    .unwrap();
+    let context = thread.context().clone();
+    world.run(|co| backend.move_to(co, &context)).unwrap();
+    world.close(backend).unwrap();
+    assert_eq!(node.home_context().id(), world.home.context().id());
+    thread.stop();
+    drop(node);
     world.end();
 }
 

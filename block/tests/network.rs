@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use support::contexts::Contexts;
+use support::counted::Calls;
 use support::net::{Net, OpenNet, Server};
 use support::{PLAIN, World, pattern};
 
@@ -175,6 +176,38 @@ fn rule_8_3_the_server_dies_in_a_section() {
     contexts.world.run_until(|| net.is_connected());
     assert_eq!(net.notes(), "connected in other");
     contexts.run(1, |co| assert_eq!(read(co, &backend), Ok(0)));
+    finish(contexts, &server, backend);
+}
+
+/// Rules 5.1, 8.3: all that moves is told before one of them is waited for: what is in flight on a filter
+/// waits for the connection of the node below, which gives up when that node is told.
+#[test]
+fn rule_8_3_all_are_told_before_one_is_waited_for() {
+    let (contexts, server, net, backend) = network(5);
+    let options = Options::new()
+        .with("driver", "counted")
+        .with("file", "net")
+        .with_object("calls", Arc::new(Calls::default()));
+    let above = contexts.open(options).unwrap();
+    for user in [&above, &backend] {
+        user.allow_moves(true);
+    }
+    server.die();
+    contexts.world.run_until(|| !net.is_connected());
+    let waits = start(&contexts, 2, &above);
+    contexts.world.settle();
+    assert_eq!((waits.get(), net.waiting()), (None, 1));
+    let mut transaction = Transaction::new(&contexts.graph);
+    transaction
+        .move_to(&above.node(), contexts.context(1))
+        .within(Duration::from_secs(1));
+    contexts.run(0, |co| transaction.run(co)).unwrap();
+    drop(transaction);
+    assert_eq!(waits.get(), Some(Err(libc::ECONNRESET)));
+    server.live();
+    contexts.run(1, |co| assert_eq!(read(co, &above), Ok(0)));
+    contexts.run(0, |co| above.close(co)).unwrap();
+    drop(above);
     finish(contexts, &server, backend);
 }
 

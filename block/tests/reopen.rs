@@ -9,6 +9,7 @@ use coblock_block::{
 };
 use std::sync::Arc;
 use support::change::*;
+use support::counted::{Calls, OpenCounted};
 use support::{World, end, sim};
 
 fn reopen(world: &World, backend: &BlockBackend, changes: Options) -> coblock_block::Result<()> {
@@ -84,6 +85,35 @@ fn rule_8_2_a_file_goes_around_the_cache_and_back() {
     let bytes = std::fs::read(&path).unwrap();
     assert_eq!(bytes.len(), 64 << 10);
     assert_eq!(bytes[8190..8195], [1, 7, 7, 7, 0]);
+}
+
+/// Rule 8.2: the file below a filter is locked by somebody else, so the filter gets no writer, and its
+/// driver, which was asked before, is told.
+#[test]
+fn rule_8_2_a_refused_writer_is_given_up_by_all() {
+    let mut world = World::with_engine(EngineKind::Threads);
+    world.registry.register("counted", Box::new(OpenCounted));
+    let (_dir, path) = image();
+    let calls = Arc::new(Calls::default());
+    let options = Options::new()
+        .with("driver", "counted")
+        .with_object("calls", calls.clone())
+        .with("file.driver", "file")
+        .with("file.filename", path.to_str().unwrap());
+    let node = open_node(&world, options).unwrap();
+    let backend = BlockBackend::with_permissions(&world.graph, node, reads()).unwrap();
+    let alone = Options::file(path.to_str().unwrap()).with("share-rw", "off");
+    let guard = open_node(&world, alone).unwrap();
+    let error = backend.set_permissions(writes()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Locked, "{error}");
+    assert_eq!(calls.prepared(), 0);
+    world
+        .run(|co| close_unused(co, &world.graph, guard))
+        .unwrap();
+    backend.set_permissions(writes()).unwrap();
+    assert_eq!(calls.prepared(), 0);
+    world.close(backend).unwrap();
+    world.end();
 }
 
 /// Rule 8.2: somebody else has the file for himself alone, so it does not become writable; nothing

@@ -4,8 +4,9 @@ mod support;
 
 use coblock_aio::{Clock, ContextOptions, EngineKind, Home};
 use coblock_block::drivers::sim::SimDisk;
-use coblock_block::throttle::{Limit, ThrottleConfig, ThrottleGroup};
+use coblock_block::throttle::{Direction, Limit, ThrottleConfig, ThrottleGroup};
 use coblock_block::{BlockBackend, Drain, ErrorKind, Options, Preallocation};
+use coblock_coroutine::Coroutine;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -75,6 +76,26 @@ fn rule_8_1_operations_go_at_exact_times() {
         (300 * MS, "r4"),
     ];
     assert_eq!(*times.borrow(), expected);
+    end(world, backend);
+}
+
+/// Rule 8.1: who comes when it is time for one who waits, and before the timer has said so, waits
+/// behind.
+#[test]
+fn rule_8_1_nobody_overtakes_who_waits() {
+    let disk = SimDisk::new(4096);
+    let (world, backend) = sim_world(&disk, &[]);
+    backend.set_throttle(Some(&group(&world, iops(10))));
+    let times = Times::default();
+    for name in ["r0", "r1", "r2"] {
+        request(&world, &backend, &times, name, 512);
+    }
+    let clock = world.clock.clone().unwrap();
+    clock.advance_to(100 * MS);
+    request(&world, &backend, &times, "r3", 512);
+    assert_eq!(times.borrow().len(), 2);
+    until(&world, &times, 4);
+    assert_eq!(times.borrow()[2..], [(100 * MS, "r2"), (200 * MS, "r3")]);
     end(world, backend);
 }
 
@@ -217,6 +238,45 @@ fn rule_8_1_members_in_several_contexts() {
         home.close();
     }
     end(world, backend);
+}
+
+/// Rule 8.1: who is unwound while it waits leaves nothing behind in its context: the next one waits in
+/// its own.
+#[test]
+fn rule_8_1_who_leaves_the_queue_takes_nothing_along() {
+    let world = World::simulated();
+    let other = Home::new(ContextOptions {
+        engine: EngineKind::None,
+        clock: Clock::Virtual(world.clock.clone().unwrap()),
+        ..ContextOptions::named("other")
+    })
+    .unwrap();
+    let shared = group(&world, iops(10));
+    let (one, two) = (shared.join(), shared.join());
+    let leaves = Coroutine::new(move |co| {
+        for _ in 0..3 {
+            one.wait(co, Direction::Read, 512);
+        }
+    })
+    .unwrap();
+    other.with(|| leaves.enter());
+    let ended = Rc::new(RefCell::new(false));
+    world.home.spawn("the next", {
+        let ended = ended.clone();
+        move |co| {
+            two.wait(co, Direction::Read, 512);
+            *ended.borrow_mut() = true;
+        }
+    });
+    assert_eq!(shared.waiting(), 2);
+    drop(leaves);
+    other.close();
+    while !*ended.borrow() {
+        world.home.poll(true);
+    }
+    assert_eq!(world.home.context().now_ns(), 100 * MS);
+    drop(shared);
+    world.end();
 }
 
 /// Rules 5.5, 8.1: a drained section lifts limits: it begins at once, and limits hold again

@@ -36,10 +36,6 @@ use output::Output;
 fn main() -> ExitCode {
     coblock::coroutine::install_overflow_handler();
     events::show();
-    #[cfg(feature = "mutants")]
-    if let Ok(name) = std::env::var("COBLOCK_MUTANT") {
-        coblock::coroutine::mutants::choose(&name);
-    }
     // A write past the limit of a file's size is an error like others, not the end of the program.
     // A signal that cannot be watched leaves the program as it was.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());

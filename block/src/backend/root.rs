@@ -98,8 +98,14 @@ impl Gate {
 
     /// Lets all go on that wait. Each is counted before it is woken.
     fn open(&mut self, resuming: &AtomicU32, woken: &mut Vec<WakeHandle>) {
-        for (_, queued) in std::mem::take(&mut self.queue) {
-            if queued.counted {
+        let next = |queue: &mut BTreeMap<u64, Queued>| match mutant!(
+            "who was held back last goes on first"
+        ) {
+            true => queue.pop_last(),
+            false => queue.pop_first(),
+        };
+        while let Some((_, queued)) = next(&mut self.queue) {
+            if queued.counted && !mutant!("a request that goes on is not counted") {
                 resuming.fetch_add(1, Ordering::SeqCst);
             }
             woken.push(queued.handle);
@@ -271,7 +277,9 @@ pub(crate) struct Resuming<'a>(&'a Root);
 
 impl Drop for Resuming<'_> {
     fn drop(&mut self) {
-        self.0.resuming.fetch_sub(1, Ordering::SeqCst);
+        if !mutant!("a request that goes on is not counted") {
+            self.0.resuming.fetch_sub(1, Ordering::SeqCst);
+        }
         self.0.requests.kick();
     }
 }

@@ -283,7 +283,7 @@ impl Future {
                         shared: all.shared & one.shared,
                     })
             };
-            if self.changes_the_graph() {
+            if self.changes_the_graph() && !mutant!("a read-only node gets writers") {
                 node.refuse_writers(self.is_read_only(&node), all.held)?;
             }
             cumulated.insert(key(&node), all);
@@ -358,7 +358,9 @@ impl Prepared {
 impl Drop for Prepared {
     fn drop(&mut self) {
         for (node, _) in self.nodes.drain(..).rev() {
-            node.driver().permissions_abort();
+            if !mutant!("a driver keeps permissions that somebody refused") {
+                node.driver().permissions_abort();
+            }
         }
     }
 }

@@ -314,7 +314,12 @@ impl Transaction {
         let Parts { moves, actions, .. } = &mut self.parts;
         if result.is_err() {
             for moving in moves[..detached].iter_mut().rev() {
-                moving.abort(co);
+                if !mutant!("a move that fails leaves handlers nowhere") {
+                    moving.abort(co);
+                }
+            }
+            if mutant!("an abort undoes the first step first") {
+                actions[..prepared].reverse();
             }
             for action in actions[..prepared].iter_mut().rev() {
                 if !mutant!("an abort leaves what was prepared") {
@@ -327,7 +332,9 @@ impl Transaction {
             }
         }
         for action in &mut actions[..prepared] {
-            action.clean(co);
+            if !mutant!("a transaction leaves without cleaning") {
+                action.clean(co);
+            }
         }
         for node in unused {
             if node.users() > 0 {
@@ -415,7 +422,9 @@ impl Transaction {
         }
         touched.extend(self.touched.iter().cloned());
         for moving in &self.parts.moves {
-            touched.extend(moving.nodes().cloned());
+            if !mutant!("nodes move without being drained") {
+                touched.extend(moving.nodes().cloned());
+            }
         }
         let mut seen = BTreeSet::new();
         touched.retain(|node| seen.insert(Arc::as_ptr(node).addr()));
@@ -425,7 +434,8 @@ impl Transaction {
         // All are told before one is waited for: what is in flight on one may wait for what another
         // one of them does by itself, a connection, and that ends when it is told.
         let all = touched.clone();
-        let _told = (all.len() > 1).then(|| {
+        let one_by_one = mutant!("a section waits for one node before it tells the next");
+        let _told = (all.len() > 1 && !one_by_one).then(|| {
             let graph = self.graph.clone();
             in_home(co, self.graph.main_context(), move || {
                 Quiesced::each(&graph, &all)
@@ -442,7 +452,9 @@ impl Transaction {
             });
         }
         for node in left {
-            node.flush(co, &self.graph.read(co))?;
+            if !mutant!("what leaves the graph is not flushed") {
+                node.flush(co, &self.graph.read(co))?;
+            }
         }
         if mutant!("a transaction lets its nodes go too early") {
             sections.clear();

@@ -4,6 +4,7 @@ use super::Graph;
 use crate::drain::Quiesced;
 use crate::graph_lock::WriteLocked;
 use coblock_aio::RefusePolls;
+use coblock_coroutine::mutant;
 use std::fmt;
 use std::sync::Arc;
 
@@ -29,12 +30,15 @@ impl Graph {
         );
         let still = || coblock_aio::refuse_polls("rule 7.5: the graph is locked for writing");
         // Without waiting: only so that readers do not arrive for ever.
-        let quiesced = Quiesced::all(self);
+        let quiesced = match mutant!("requests come while a writer waits") {
+            true => None,
+            false => Some(Quiesced::all(self)),
+        };
         let locked = self.lock.write(|condition| {
             self.wait.wait_while(main, condition);
         });
         GraphWrite {
-            held: Some((still(), locked, Some(quiesced))),
+            held: Some((still(), locked, quiesced)),
             graph: self,
         }
     }

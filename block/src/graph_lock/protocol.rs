@@ -18,6 +18,7 @@
 //! alone means nothing: a coroutine may have moved between its raise and its lower (rule 7.3).
 
 use super::sync::{AtomicBool, AtomicU32, Ordering, light_fence};
+use coblock_coroutine::mutant;
 
 /// Readers that one context let in, less those that left in it. Stored to by its home only.
 pub(crate) struct ReaderCount(AtomicU32);
@@ -70,6 +71,7 @@ impl WriterFlags {
     #[inline]
     pub(crate) fn owned(&self) -> bool {
         self.owns.load(Ordering::Acquire)
+            || mutant!("readers wait for a writer that waits") && self.waited()
     }
 
     /// Does a writer want to be kicked?
@@ -106,7 +108,7 @@ pub(crate) fn sum<'a>(counts: impl Iterator<Item = &'a ReaderCount>, orphans: u3
 /// The writer's half: what rule 7.5 does with these words.
 pub(crate) mod writer {
     use super::super::sync::heavy_fence;
-    use super::{Ordering, ReaderCount, WriterFlags, sum};
+    use super::{Ordering, ReaderCount, WriterFlags, mutant, sum};
 
     /// One more writer waits: from here on every reader that leaves kicks.
     pub(crate) fn announce(flags: &WriterFlags) {
@@ -134,7 +136,10 @@ pub(crate) mod writer {
     ) -> bool {
         flags.owns.store(true, Ordering::SeqCst);
         heavy_fence();
-        let readers = sum(counts, orphans);
+        let readers = match mutant!("a writer does not look again with its flag set") {
+            true => 0,
+            false => sum(counts, orphans),
+        };
         // Exact with the flag set, so it can be read as a signed number: never below zero.
         assert!(
             readers < u32::MAX / 2,

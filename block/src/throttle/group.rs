@@ -119,7 +119,10 @@ impl State {
 
     /// The member whose turn it is among those that wait.
     fn next(&mut self, direction: Direction) -> Option<u64> {
-        let last = self.turn(direction).last;
+        let last = match mutant!("the turn of the throttled does not go around") {
+            true => 0,
+            false => self.turn(direction).last,
+        };
         let waits =
             |(id, queues): (&u64, &mut Queues)| (!queues.of(direction).is_empty()).then_some(*id);
         let after = self.members.range_mut(last + 1..).find_map(waits);
@@ -207,7 +210,9 @@ impl ThrottleGroup {
             state.leaked_ns = self.clock.now_ns();
         }
         for direction in [Direction::Read, Direction::Write] {
-            self.go_on(direction, None);
+            if !mutant!("new limits restart nobody") {
+                self.go_on(direction, None);
+            }
         }
         Ok(())
     }
@@ -312,7 +317,8 @@ impl Member {
             let mut state = self.group.state.lock();
             let now = self.group.clock.now_ns();
             state.leak(now);
-            let somebody_waits = state.turn(direction).timer.is_some();
+            let somebody_waits = state.turn(direction).timer.is_some()
+                && !mutant!("a request overtakes throttled ones");
             let lifted = state.members[&self.id].lifted > 0;
             if lifted || (!somebody_waits && state.wait_ns(direction) == 0) {
                 state.account(direction, len);
@@ -362,6 +368,7 @@ impl Member {
             }
             for direction in [Direction::Read, Direction::Write] {
                 while on
+                    && !mutant!("a section leaves the throttled waiting")
                     && !state
                         .members
                         .entry(self.id)
@@ -424,7 +431,9 @@ impl Drop for Place<'_> {
             let queue = queues.expect("we are a member").of(self.direction);
             queue.retain(|waiting| waiting.ticket != self.ticket);
         }
-        self.member.group.go_on(self.direction, None);
+        if !mutant!("who leaves a throttled queue takes its timer along") {
+            self.member.group.go_on(self.direction, None);
+        }
     }
 }
 

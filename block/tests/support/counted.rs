@@ -2,7 +2,7 @@
 
 use coblock_aio::AioContext;
 use coblock_block::{
-    Child, ChildRole, Driver, Error, ErrorKind, Limits, OpenDriver, Opening, Result,
+    Child, ChildRole, Driver, Error, ErrorKind, Limits, OpenDriver, Opening, Permissions, Result,
 };
 use coblock_coroutine::{Co, ThreadLock};
 use std::sync::Arc;
@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 pub struct Calls {
     begun: AtomicU32,
     ended: AtomicU32,
+    /// Permissions that were prepared, and neither committed nor given up.
+    prepared: AtomicU32,
     /// Moves are refused.
     pub stays: AtomicBool,
     /// What moves and sections called, in which home, and where.
@@ -27,6 +29,11 @@ impl Calls {
             self.begun.load(Ordering::Relaxed),
             self.ended.load(Ordering::Relaxed),
         )
+    }
+
+    /// How many permissions are prepared, and neither committed nor given up.
+    pub fn prepared(&self) -> u32 {
+        self.prepared.load(Ordering::Relaxed)
     }
 
     /// What was noted since the last look.
@@ -95,6 +102,19 @@ impl Driver for Counted {
     fn drained_end(&self) {
         self.calls.ended.fetch_add(1, Ordering::Relaxed);
         self.calls.note("end");
+    }
+
+    fn permissions_prepare(&self, _all: Permissions) -> Result<()> {
+        self.calls.prepared.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn permissions_commit(&self) {
+        self.calls.prepared.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn permissions_abort(&self) {
+        self.calls.prepared.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn may_move(&self, _to: &Arc<AioContext>) -> Result<()> {

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
         Some("fuzz") => fuzz::run(&words[1..]),
         Some("victim") => kills::victim(&words[1..]),
         Some("mutants") => mutants::run(words.get(1).map_or("", String::as_str)),
-        Some("mutant") => mutants::child(words.get(1).map_or("", String::as_str)).map(|()| true),
+        Some("mutant") => mutants::make(words.get(1).map_or("", String::as_str)).map(|()| true),
         _ => Err(USAGE.to_string()),
     };
     match outcome {

@@ -8,13 +8,19 @@
 //! ```text
 //!   reliability mutants             for each name: a child with a time limit
 //!     reliability mutant NAME         hunter 1, states 1 2 3 ..   hunter 2 ..   says where it is
+//!     TEST PROGRAM --exact TEST       for those that a test of a crate finds by its name (named.rs)
 //! ```
+
+mod named;
 
 use std::io::Write as _;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::hunters;
+
+/// Tells a program which mistake to make.
+const CHOICE: &str = "COBLOCK_MUTANT";
 
 /// What a mutant is a mistake in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,9 +30,13 @@ pub enum Area {
     Cache,
     Locks,
     Graph,
+    Sections,
+    Moves,
+    Limits,
+    Requests,
 }
 
-/// Every mutant, by the name at its place in the sources.
+/// Those that are hunted, by the name at their place in the sources; the others are in `named.rs`.
 pub const ALL: &[(Area, &str)] = &[
     (Area::Mapping, "mappings before counts"),
     (Area::Mapping, "no flush between counts and mappings"),
@@ -105,60 +115,90 @@ pub const ALL: &[(Area, &str)] = &[
 /// How long the hunters may take where there is no mutant.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// What came of a hunt.
-struct Hunt {
-    /// The last thing that the child said it was doing.
-    at: String,
-    caught: bool,
-    how: String,
+/// A child that has ended.
+struct Ended {
+    /// Nothing if it had to be killed.
+    status: Option<std::process::ExitStatus>,
+    said: String,
+    complained: String,
     seconds: f64,
 }
 
-/// Hunts each mutant whose name contains `wanted`, and prints a line for each. True if all were
+impl Ended {
+    fn succeeded(&self) -> bool {
+        self.status.is_some_and(|status| status.success())
+    }
+
+    /// The last thing that it said it was doing.
+    fn at(&self) -> &str {
+        self.said.lines().last().unwrap_or("the start")
+    }
+
+    /// Why it failed: the first line of its complaints.
+    fn why(&self) -> String {
+        if self.status.is_none() {
+            return "it hangs".to_owned();
+        }
+        let mut lines = self.complained.lines();
+        let told = lines.find(|line| !line.is_empty() && !line.starts_with("thread "));
+        told.unwrap_or_default().chars().take(120).collect()
+    }
+}
+
+/// Looks for each mutant whose name contains `wanted`, and prints a line for each. True if all were
 /// caught.
 ///
 /// # Errors
-/// The hunters find something where there is no mutant, or no child can be started.
+/// The hunters or the tests find something where there is no mutant, or no child can be started.
 pub fn run(wanted: &str) -> Result<bool, String> {
     if !cfg!(feature = "mutants") {
         return Err("built without the feature `mutants`; run `cargo xtask mutants`".to_string());
     }
-    let honest = hunt("", LIMIT)?;
-    if honest.caught {
-        return Err(format!(
-            "without any mutant the hunters find something: {} {}",
-            honest.at, honest.how
-        ));
-    }
-    println!("no mutant: nothing found, {:.1} s", honest.seconds);
     let chosen: Vec<_> = ALL
         .iter()
         .filter(|(_, name)| name.contains(wanted))
         .collect();
-    // Whoever takes so much longer than without a mutant hangs.
-    let patience = Duration::from_secs_f64(60.0 + 4.0 * honest.seconds);
     let mut caught = 0;
-    for (area, name) in &chosen {
-        let hunt = hunt(name, patience)?;
-        let area = format!("{area:?}").to_lowercase();
-        if hunt.caught {
-            caught += 1;
-            println!(
-                "{area:9} {name}: caught by {}, {:.1} s: {}",
-                hunt.at, hunt.seconds, hunt.how
-            );
-        } else {
-            println!("{area:9} {name}: SURVIVED, {:.1} s", hunt.seconds);
+    if !chosen.is_empty() {
+        let honest = hunt("", LIMIT)?;
+        if !honest.succeeded() {
+            let (at, why) = (honest.at(), honest.why());
+            return Err(format!(
+                "without any mutant the hunters find something: {at} {why}"
+            ));
+        }
+        println!("no mutant: nothing found, {:.1} s", honest.seconds);
+        // Whoever takes so much longer than without a mutant hangs.
+        let patience = Duration::from_secs_f64(60.0 + 4.0 * honest.seconds);
+        for (area, name) in &chosen {
+            let ended = hunt(name, patience)?;
+            let area = format!("{area:?}").to_lowercase();
+            let seconds = ended.seconds;
+            if ended.succeeded() {
+                println!("{area:9} {name}: SURVIVED, {seconds:.1} s");
+            } else {
+                caught += 1;
+                let (at, why) = (ended.at(), ended.why());
+                println!("{area:9} {name}: caught by {at}, {seconds:.1} s: {why}");
+            }
         }
     }
-    println!("{caught} of {} mutants caught", chosen.len());
-    Ok(caught == chosen.len())
+    let (caught_by_tests, tried) = named::run(wanted)?;
+    let (caught, all) = (caught + caught_by_tests, chosen.len() + tried);
+    println!("{caught} of {all} mutants caught");
+    Ok(caught == all)
 }
 
-fn hunt(name: &str, limit: Duration) -> Result<Hunt, String> {
+fn hunt(name: &str, limit: Duration) -> Result<Ended, String> {
     let program = std::env::current_exe().map_err(|e| e.to_string())?;
-    let mut child = Command::new(program)
-        .args(["mutant", name])
+    let mut command = Command::new(program);
+    command.args(["mutant", name]).env_remove(CHOICE);
+    child(&mut command, limit)
+}
+
+/// Runs `command` to its end, or kills it.
+fn child(command: &mut Command, limit: Duration) -> Result<Ended, String> {
+    let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -169,24 +209,11 @@ fn hunt(name: &str, limit: Duration) -> Result<Hunt, String> {
     let said = reader(child.stdout.take());
     let complained = reader(child.stderr.take());
     let status = wait(&mut child, began, limit)?;
-    let seconds = began.elapsed().as_secs_f64();
-    let (said, complained) = (said.join(), complained.join());
-    let (said, complained) = (said.unwrap_or_default(), complained.unwrap_or_default());
-    let at = said.lines().last().unwrap_or("the start").to_string();
-    let first = complained
-        .lines()
-        .find(|line| !line.is_empty() && !line.starts_with("thread "))
-        .unwrap_or_default();
-    let (caught, how) = match status {
-        None => (true, "it hangs".to_string()),
-        Some(status) if status.success() => (false, String::new()),
-        Some(_) => (true, first.chars().take(120).collect()),
-    };
-    Ok(Hunt {
-        at,
-        caught,
-        how,
-        seconds,
+    Ok(Ended {
+        status,
+        seconds: began.elapsed().as_secs_f64(),
+        said: said.join().unwrap_or_default(),
+        complained: complained.join().unwrap_or_default(),
     })
 }
 
@@ -224,7 +251,7 @@ fn wait(
 ///
 /// # Errors
 /// What a hunter found.
-pub fn child(name: &str) -> Result<(), String> {
+pub fn make(name: &str) -> Result<(), String> {
     if !name.is_empty() {
         choose(name)?;
     }
@@ -289,20 +316,47 @@ mod tests {
         found
     }
 
-    /// The list names every mutant of the sources and no other, and has enough of each kind.
+    fn all() -> impl Iterator<Item = (Area, &'static str)> {
+        let named = named::ALL.iter().map(|(area, name, ..)| (*area, *name));
+        ALL.iter().copied().chain(named)
+    }
+
+    /// The lists name every mutant of the sources once and no other, and have enough of each kind.
     #[test]
-    fn the_list_is_whole() {
-        let listed: BTreeSet<String> = ALL.iter().map(|(_, name)| (*name).to_owned()).collect();
+    fn the_lists_are_whole() {
+        let listed: BTreeSet<String> = all().map(|(_, name)| name.to_owned()).collect();
         assert_eq!(listed, in_sources());
+        assert_eq!(listed.len(), all().count(), "one is listed twice");
         let mut kinds = BTreeMap::new();
-        for (area, _) in ALL {
-            *kinds.entry(*area).or_insert(0) += 1;
+        for (area, _) in all() {
+            *kinds.entry(area).or_insert(0) += 1;
         }
         assert!(
-            kinds.len() == 5 && kinds.values().all(|many| *many >= 5),
+            kinds.len() == 9 && kinds.values().all(|many| *many >= 3),
             "{kinds:?}"
         );
-        assert!(listed.len() >= 20);
+        assert!(listed.len() >= 80);
+    }
+
+    /// Each test that is to find a mistake is in the program that is said to have it.
+    #[test]
+    fn named_tests_exist() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        for (_, mutant, program, test) in named::ALL {
+            let (name, file) = program.split_once('/').unwrap();
+            let (path, function) = match test.rsplit_once("::tests::") {
+                Some((module, function)) => (format!("src/{module}/tests"), function),
+                None => (format!("tests/{file}"), *test),
+            };
+            let path = root.join(name).join(path).with_extension("rs");
+            let text = std::fs::read_to_string(&path)
+                .unwrap_or_else(|e| panic!("'{mutant}': {}: {e}", path.display()));
+            assert!(
+                text.contains(&format!("#[test]\nfn {function}()")),
+                "'{mutant}': {} has no test {function}",
+                path.display()
+            );
+        }
     }
 
     /// Nothing of a mutant is in a program that is built without the feature: not even its name.
@@ -313,7 +367,7 @@ mod tests {
         }
         let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
         // This test's own list holds each name once; a second one would be the product's.
-        for (_, name) in ALL {
+        for (_, name) in all() {
             let times = program
                 .windows(name.len())
                 .filter(|bytes| *bytes == name.as_bytes())

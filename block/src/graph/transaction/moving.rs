@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::node::Node;
 use coblock_aio::{AioContext, Resident};
-use coblock_coroutine::Co;
+use coblock_coroutine::{Co, mutant};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
 use std::sync::Arc;
@@ -82,7 +82,9 @@ impl Moving {
                 What::Component(start, _) => component(start, section),
                 What::New(nodes) => nodes.clone(),
             };
-            self.ask(&nodes, section)?;
+            if !mutant!("nobody is asked before a move") {
+                self.ask(&nodes, section)?;
+            }
             let mut going = Vec::new();
             for node in nodes {
                 let from = node.home_context();
@@ -139,12 +141,18 @@ impl Moving {
     pub(super) fn detach(&mut self, co: &Co) -> Result<()> {
         if !Arc::ptr_eq(&self.to, self.graph.main_context()) {
             for going in &mut self.going {
+                if mutant!("a home may end with nodes that moved there") {
+                    continue;
+                }
                 let name = going.node.name();
                 let place = self.to.reside(format!("node '{name}', {}", self.how));
                 going.resident = Some(place.ok_or_else(|| ended(&going.node, &self.to))?);
             }
         }
         for (home, nodes) in self.by_old_home() {
+            if mutant!("handlers stay in the old home") {
+                continue;
+            }
             in_home(co, &home.clone(), move || {
                 for node in nodes {
                     node.driver().detach_context(&home);
@@ -160,6 +168,9 @@ impl Moving {
     /// As [`Moving::find`].
     pub(super) fn ask_again(&self, section: &mut Section<'_>) -> Result<()> {
         let nodes: Vec<_> = self.nodes().cloned().collect();
+        if mutant!("who comes while a move drains is not asked") {
+            return Ok(());
+        }
         self.ask(&nodes, section)
     }
 
@@ -173,7 +184,9 @@ impl Moving {
             }
             going.node.set_home(&self.to, going.resident.take());
             for user in going.node.parents(section) {
-                user.moved(&self.to);
+                if !mutant!("a device is not told that its node moved") {
+                    user.moved(&self.to);
+                }
             }
         }
     }
@@ -183,7 +196,11 @@ impl Moving {
         let to = self.to.clone();
         let nodes: Vec<_> = self.going.drain(..).rev().map(|going| going.node).collect();
         if !nodes.is_empty() {
-            in_home(co, &to.clone(), move || attach(&nodes, &to));
+            let there = match mutant!("handlers come to the new home from elsewhere") {
+                true => self.graph.main_context().clone(),
+                false => to.clone(),
+            };
+            in_home(co, &there, move || attach(&nodes, &to));
         }
     }
 
@@ -227,7 +244,9 @@ fn component(start: &Arc<Node>, section: &mut Section<'_>) -> Vec<Arc<Node>> {
     while let Some(node) = nodes.get(at).cloned() {
         at += 1;
         let above = node.parents(section);
-        let above = above.iter().filter_map(|user| user.owner());
+        let alone = mutant!("those above a node that moves stay behind");
+        let above = above.iter().filter(|_| !alone);
+        let above = above.filter_map(|user| user.owner());
         let edges = node.edges();
         let below = edges.iter().map(|edge| edge.below());
         for next in above.chain(below) {
@@ -252,7 +271,9 @@ impl Graph {
         new: &[Arc<Node>],
         at: &'static Location<'static>,
     ) -> Result<()> {
-        if self.section(|section| foreign(new, section)).is_empty() {
+        if self.section(|section| foreign(new, section)).is_empty()
+            || mutant!("a new node does not go where those below it live")
+        {
             return Ok(());
         }
         // What moves now is there afterwards.
