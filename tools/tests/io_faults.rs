@@ -3,8 +3,10 @@
 //! image is sound and goes on working. (Reliability R10; `reliability.rs` of the suite has simulated
 //! failures.)
 
+use std::fs::File;
+use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Bytes of a write.
 const LEN: u64 = 64 << 10;
@@ -132,10 +134,7 @@ impl Mounted {
         let file = folder.join("filesystem");
         let at = folder.join("mounted");
         std::fs::create_dir(&at).unwrap();
-        std::fs::File::create(&file)
-            .unwrap()
-            .set_len(8 << 20)
-            .unwrap();
+        File::create(&file).unwrap().set_len(8 << 20).unwrap();
         let done = |program: &str, words: &[&str]| {
             let status = Command::new(program)
                 .args(words)
@@ -175,17 +174,49 @@ fn a_file_system_that_is_full() {
     fill(&mounted.0, start, "No space left on device");
 }
 
-/// A file on a disk that breaks, mounted by the reference's daemon: each of `SECTORS` refuses one
-/// write.
-struct Broken(std::process::Child);
+/// A file on a disk that breaks, mounted by a program in user space.
+struct Broken {
+    daemon: Child,
+    /// Takes the mount away, and ends the program with it.
+    end: Command,
+}
 
-/// Half a MiB apart, behind the tables of an empty image.
+/// Half a MiB apart, behind the tables of an empty image: each refuses one write.
 const SECTORS: std::ops::Range<u64> = 1..8;
 
 impl Broken {
-    /// Mounts `file` at `at`; why not, where this machine has no such thing for us.
-    fn new(file: &Path, at: &Path) -> Result<Self, String> {
+    /// Starts a program that mounts at `at`, and writes its number to a file when it has; why not,
+    /// where this machine has no such thing for us.
+    fn start(command: &Command, at: &Path) -> Result<Child, String> {
+        let (pid, log) = (at.with_extension("pid"), at.with_extension("log"));
         std::fs::write(at, []).unwrap();
+        let _ = std::fs::remove_file(&pid);
+        let program = command.get_program().to_string_lossy().into_owned();
+        // In front of all else: some take the rest of the line as a command.
+        let mut whole = Command::new(&program);
+        let daemon = whole.arg("--pidfile").arg(&pid).args(command.get_args());
+        let mut daemon = daemon
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).unwrap())
+            .spawn()
+            .map_err(|e| format!("{program}: {e}"))?;
+        for _ in 0..6000 {
+            if pid.exists() {
+                return Ok(daemon);
+            }
+            if daemon.try_wait().unwrap().is_some() {
+                let why = std::fs::read_to_string(&log).unwrap();
+                return Err(format!("{program}: {}", why.trim()));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        daemon.kill().unwrap();
+        panic!("a minute, and {program} is not ready");
+    }
+
+    /// The reference's daemon: each of `SECTORS` refuses one write.
+    fn in_sectors(file: &Path, at: &Path) -> Result<Self, String> {
         let errors: Vec<String> = SECTORS
             .map(|number| {
                 let sector = number * (512 << 10) / 512;
@@ -198,8 +229,8 @@ impl Broken {
             r#"{{"driver":"blkdebug","node-name":"disk","image":"file","inject-error":[{}]}}"#,
             errors.join(",")
         );
-        let pid = at.with_extension("pid");
-        let mut daemon = Command::new("qemu-storage-daemon")
+        let mut daemon = Command::new("qemu-storage-daemon");
+        daemon
             .arg("--blockdev")
             .arg(format!(
                 "driver=file,node-name=file,filename={}",
@@ -209,33 +240,52 @@ impl Broken {
             .arg(format!(
                 "type=fuse,id=export,node-name=disk,mountpoint={},writable=on,growable=on",
                 at.display()
-            ))
-            .arg("--pidfile")
-            .arg(&pid)
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(|e| format!("qemu-storage-daemon: {e}"))?;
-        // Written when everything above is there.
-        for _ in 0..6000 {
-            if pid.exists() {
-                return Ok(Self(daemon));
-            }
-            if daemon.try_wait().unwrap().is_some() {
-                let output = daemon.wait_with_output().unwrap();
-                return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
-            }
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            ));
+        let daemon = Self::start(&daemon, at)?;
+        let mut end = Command::new("kill");
+        end.arg(daemon.id().to_string());
+        Ok(Self { daemon, end })
+    }
+
+    /// nbdkit with its error filter, below nbdfuse: every write is refused with `errno` while
+    /// `switches[0]` exists, and every read with EIO while `switches[1]` does.
+    fn while_switched(
+        file: &Path,
+        at: &Path,
+        errno: &str,
+        switches: &[PathBuf; 2],
+    ) -> Result<Self, String> {
+        let mut daemon = Command::new("nbdfuse");
+        daemon.arg(at).args(["--command", "nbdkit", "-s"]);
+        daemon.args(["--exit-with-parent", "--filter=error", "file"]);
+        daemon.arg(file);
+        for (kind, errno, switch) in [
+            ("pwrite", errno, &switches[0]),
+            ("pread", "EIO", &switches[1]),
+        ] {
+            daemon.arg(format!("error-{kind}={errno}"));
+            daemon.arg(format!("error-{kind}-rate=100%"));
+            daemon.arg(format!("error-{kind}-file={}", switch.display()));
         }
-        daemon.kill().unwrap();
-        panic!("a minute, and the daemon is not ready");
+        let daemon = Self::start(&daemon, at)?;
+        let mut end = Command::new("sh");
+        end.args(["-c", r#"fusermount3 -u "$0" 2>/dev/null || umount "$0""#]);
+        end.arg(at);
+        Ok(Self { daemon, end })
     }
 }
 
 impl Drop for Broken {
     fn drop(&mut self) {
-        let asked = Command::new("kill").arg(self.0.id().to_string()).status();
-        assert!(asked.unwrap().success() && self.0.wait().unwrap().success());
+        let asked = self.end.status().is_ok_and(|status| status.success());
+        if !asked {
+            // It must not outlive the test.
+            let _ = self.daemon.kill();
+        }
+        let ended = self.daemon.wait().unwrap();
+        if !std::thread::panicking() {
+            assert!(asked && ended.success(), "{:?}: {ended}", self.end);
+        }
     }
 }
 
@@ -259,7 +309,7 @@ fn a_disk_that_breaks() {
         must(&[
             "img", "create", "-q", "-f", "qcow2", "-o", &shape, image, "64M",
         ]);
-        let broken = match Broken::new(&file, &at) {
+        let broken = match Broken::in_sectors(&file, &at) {
             Ok(broken) => broken,
             Err(why) => {
                 println!("SKIPPED: no disk that breaks: {why}");
@@ -276,6 +326,170 @@ fn a_disk_that_breaks() {
         assert!((3..=broken).contains(&failed), "{name}: {text}");
         look(&name, image, &told);
         // The broken sectors work again: so does the image.
+        must(&[
+            "io",
+            "-f",
+            "qcow2",
+            "-c",
+            "write 0 60M",
+            "-c",
+            "flush",
+            image,
+        ]);
+        must(&["img", "check", "-q", "-f", "qcow2", image]);
+    }
+}
+
+/// A `coblock io` that is told one command after the other.
+struct Io {
+    child: Child,
+    commands: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+impl Io {
+    fn start(options: &[&str], image: &Path) -> Self {
+        let mut child = Command::new(coblock())
+            .args(["io", "-f", "qcow2"])
+            .args(options)
+            .arg(image)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let commands = child.stdin.take().unwrap();
+        let answers = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self {
+            child,
+            commands,
+            answers,
+        }
+    }
+
+    /// What it answers to a command, without the line about how long it took.
+    fn say(&mut self, command: &str) -> String {
+        writeln!(self.commands, "{command}").unwrap();
+        loop {
+            let line = self.answers.next().expect("an answer").unwrap();
+            let line = line.trim_start_matches("coblock io> ");
+            if !line.contains(" ops; ") {
+                return line.to_string();
+            }
+        }
+    }
+
+    /// Writes durably; true if that is what it says, else it must be `refusal`.
+    fn wrote(&mut self, byte: u64, offset: u64, refusal: &str) -> bool {
+        let answer = self.say(&format!("write -f -P {byte} {offset} {LEN}"));
+        let refused = answer == format!("write failed: {refusal}");
+        let wrote = answer == format!("wrote {LEN}/{LEN} bytes at offset {offset}");
+        assert!(refused != wrote, "{answer}");
+        wrote
+    }
+
+    /// Flushes. Whether that failed is not printed, as by the reference.
+    fn flush(&mut self) {
+        let answer = self.say("flush\nread 0 512");
+        assert_eq!(answer, "read 512/512 bytes at offset 0");
+    }
+
+    /// Ends it; it must be able to save everything.
+    fn end(self) {
+        let Self {
+            mut child,
+            commands,
+            answers,
+        } = self;
+        drop(commands);
+        let rest: Vec<_> = answers.map(Result::unwrap).collect();
+        assert!(!rest.iter().any(|line| line.contains("failed")), "{rest:?}");
+        // Of commands that failed, that is.
+        assert_eq!(child.wait().unwrap().code(), Some(1), "{rest:?}");
+    }
+}
+
+/// nbdkit's error filter through a file that nbdfuse mounts: what is written or read while the disk
+/// is broken is told so, nothing else is, and what was told to be durable is there.
+#[test]
+fn nbdkit_error_filter() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = |name| folder.path().join(name);
+    let (file, at) = (path("image.qcow2"), path("mounted"));
+    let switches = [path("no-writes"), path("no-reads")];
+    let [no_writes, no_reads] = &switches;
+    let image = file.to_str().unwrap();
+    for (cluster, options, errno, refusal) in [
+        ("64k", &["-t", "none"][..], "EIO", "Input/output error"),
+        (
+            "4k",
+            &["-t", "none", "-i", "threads"],
+            "ENOSPC",
+            "No space left on device",
+        ),
+        ("4k", &["-t", "none"], "ENOSPC", "No space left on device"),
+        (
+            "64k",
+            &["-t", "none", "-i", "threads"],
+            "EIO",
+            "Input/output error",
+        ),
+    ] {
+        let name = format!("clusters of {cluster}, {options:?}, {errno}");
+        let shape = format!("cluster_size={cluster}");
+        must(&[
+            "img", "create", "-q", "-f", "qcow2", "-o", &shape, image, "64M",
+        ]);
+        // The server's disk has one length for ever.
+        let whole = File::options().write(true).open(&file).unwrap();
+        whole.set_len(80 << 20).unwrap();
+        let broken = match Broken::while_switched(&file, &at, errno, &switches) {
+            Ok(broken) => broken,
+            Err(why) => {
+                println!("SKIPPED: no nbdkit below a mounted file: {why}");
+                return;
+            }
+        };
+        let mut io = Io::start(options, &at);
+        let while_broken = 40..60;
+        let mut told = Vec::new();
+        for number in 0..WRITES {
+            if number == while_broken.start {
+                std::fs::write(no_writes, []).unwrap();
+                assert!(!io.wrote(LAST, 0, refusal), "{name}: in place");
+            }
+            if number == while_broken.end {
+                std::fs::remove_file(no_writes).unwrap();
+            }
+            let wrote = io.wrote(number + 1, number * LEN, refusal);
+            assert_eq!(wrote, !while_broken.contains(&number), "{name}: {number}");
+            told.push(wrote);
+        }
+
+        // A new mapping that cannot be written back at first.
+        let late = 60 << 20;
+        let answer = io.say(&format!("write -P 9 {late} {LEN}"));
+        assert!(answer.starts_with("wrote 65536/65536"), "{name}: {answer}");
+        std::fs::write(no_writes, []).unwrap();
+        io.flush();
+        std::fs::remove_file(no_writes).unwrap();
+        io.flush();
+
+        std::fs::write(no_reads, []).unwrap();
+        let second = format!("read -P 2 {LEN} {LEN}");
+        let answer = io.say(&second);
+        assert_eq!(answer, "read failed: Input/output error", "{name}");
+        std::fs::remove_file(no_reads).unwrap();
+        let answer = io.say(&second);
+        assert!(answer.starts_with("read 65536/65536"), "{name}: {answer}");
+
+        told.push(io.wrote(LAST, 0, refusal));
+        io.end();
+        drop(broken);
+        look(&name, image, &told);
+        let read = format!("read -P 9 {late} {LEN}");
+        let (text, _) =
+            run(Command::new(coblock()).args(["io", "-r", "-f", "qcow2", "-c", &read, image]));
+        assert!(text.starts_with("read 65536/65536"), "{name}: {text}");
         must(&[
             "io",
             "-f",
