@@ -120,9 +120,9 @@ impl BlockBackend {
     /// afterwards.
     ///
     /// # Errors
-    /// `OutOfBounds` (errno `EIO`) past the end, `ReadOnly` (errno `EPERM`), `Closed`, else what
-    /// the driver returned. After an error any part of the range may hold old or new data; nothing
-    /// outside it has changed.
+    /// `OutOfBounds` (errno `EIO`) past the end, `ReadOnly` (errno `EPERM`) also where the backend does
+    /// not hold [`Perm::WRITE`](crate::Perm::WRITE), `Closed`, else what the driver returned. After an
+    /// error any part of the range may hold old or new data; nothing outside it has changed.
     #[inline]
     pub fn pwrite<'b>(
         &self,
@@ -208,6 +208,7 @@ impl BlockBackend {
         len: u64,
     ) -> Result<()> {
         to.check_range(graph, to.root.requests.is_closed(), to_offset, len)?;
+        to.check_writes(graph, RequestKind::Write)?;
         self.node_in(graph)
             .copy_range(co, graph, offset, (to.node_in(graph), to_offset), len)
     }
@@ -358,6 +359,7 @@ impl BlockBackend {
     ) -> Result<()> {
         let admitted = self.admit(co, (0, 0), kind)?;
         self.check(&admitted, 0, 0)?;
+        self.check_writes(&admitted.graph, kind)?;
         f(&admitted.graph)
     }
 
@@ -474,6 +476,27 @@ impl BlockBackend {
             return Ok(());
         }
         Err(self.refused(graph, closed, offset, len))
+    }
+
+    /// Who does not hold the permission to write has no lock for it either: a request that changes
+    /// something is refused.
+    #[inline(always)]
+    pub(crate) fn check_writes(&self, graph: &GraphRead<'_>, kind: RequestKind) -> Result<()> {
+        if !kind.changes() || self.root.end.writes() {
+            return Ok(());
+        }
+        self.refuse_write(graph)
+    }
+
+    #[cold]
+    fn refuse_write(&self, graph: &GraphRead<'_>) -> Result<()> {
+        let node = self.node_in(graph);
+        if node.is_read_only() {
+            // In its own words.
+            return Ok(());
+        }
+        let message = "The block backend does not hold the permission 'write'";
+        Err(node.locate(Error::new(ErrorKind::ReadOnly, message)))
     }
 
     #[cold]

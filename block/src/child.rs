@@ -47,7 +47,10 @@ impl Child {
             own,
         });
         let parent: Arc<dyn Parent> = child.clone();
-        node.add_user(&parent)?;
+        if let Err(error) = node.add_user(&parent) {
+            child.detached.store(true, Ordering::Release);
+            return Err(error);
+        }
         Ok(child)
     }
 

@@ -237,17 +237,20 @@ impl Node {
         }
     }
 
-    /// May users hold this?
+    /// May users hold this, if the node is `read_only` then?
     ///
     /// # Errors
     /// `ReadOnly`, in the reference's words.
     pub(crate) fn refuse_writers(&self, read_only: bool, held: Perm) -> Result<()> {
-        if read_only && held.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
-            let name = &self.name;
-            let message = format!("Read-only block node '{name}' cannot support read-write users");
-            return Err(Error::new(ErrorKind::ReadOnly, message));
+        if !read_only || !held.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
+            return Ok(());
         }
-        Ok(())
+        if self.is_read_only() {
+            return Err(self.locate(Error::new(ErrorKind::ReadOnly, "Block node is read-only")));
+        }
+        let name = &self.name;
+        let message = format!("Read-only block node '{name}' cannot support read-write users");
+        Err(Error::new(ErrorKind::ReadOnly, message))
     }
 
     /// Under the lock of sections; `None` after the graph has gone, when there are none.

@@ -59,6 +59,16 @@ pub enum RequestKind {
     Other = 4,
 }
 
+impl RequestKind {
+    /// Does it change what a node holds?
+    pub const fn changes(self) -> bool {
+        matches!(
+            self,
+            RequestKind::Write | RequestKind::Discard | RequestKind::Truncate
+        )
+    }
+}
+
 const LEN_BITS: u32 = 56;
 const LEN_MASK: u64 = (1 << LEN_BITS) - 1;
 /// The whole node: what is not known yet, and what is longer than a length can say.

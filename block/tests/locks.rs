@@ -3,13 +3,14 @@
 
 mod support;
 
-use coblock_block::{BlockBackend, ErrorKind, Options, Result};
+use coblock_block::{BlockBackend, ErrorKind, Options, Perm, Permissions, Result, Transaction};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use support::World;
+use support::storage::OpenStorage;
 
 /// The reference's tool, or a word that it is missing.
 fn has_reference() -> bool {
@@ -84,42 +85,9 @@ fn open(
     world.open(options)
 }
 
-/// A driver that uses its child as the storage of a format, and nothing more: what counts here are
-/// its permissions.
-mod storage {
-    use coblock_block::{ChildRole, Driver, Limits, OpenDriver, Opening, Result};
-    use coblock_coroutine::Co;
-
-    pub struct Open;
-    struct Storage;
-
-    impl OpenDriver for Open {
-        fn open(&self, co: &Co, opening: &mut Opening<'_>) -> Result<Box<dyn Driver>> {
-            opening.open_child(co, "file", ChildRole::Storage)?;
-            Ok(Box::new(Storage))
-        }
-    }
-
-    impl Driver for Storage {
-        fn format(&self) -> &'static str {
-            "storage"
-        }
-        super::support::requests::takes_all_requests!();
-        fn len(&self) -> u64 {
-            0
-        }
-        fn limits(&self) -> Limits {
-            Limits::default()
-        }
-        fn is_format(&self) -> bool {
-            true
-        }
-    }
-}
-
 fn world() -> World {
     let mut world = World::with_engine(coblock_aio::EngineKind::Threads);
-    world.registry.register("storage", Box::new(storage::Open));
+    world.registry.register("storage", Box::new(OpenStorage));
     world
 }
 
@@ -429,5 +397,72 @@ fn a_refused_open_leaves_no_lock() {
         .unwrap();
     world.close(reader).unwrap();
     drop(passed);
+    world.end();
+}
+
+/// An image that becomes writable is locked before it can be written: by then another process that
+/// writes it is found, and one that comes later finds us. A handle that was not given the permission
+/// does not write, though its node could: nothing would say so to others.
+#[test]
+fn a_reopened_image_is_not_written_without_its_lock() {
+    if !has_reference() {
+        return;
+    }
+    let world = world();
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image.qcow2");
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&image)
+        .arg("1M")
+        .status();
+    assert!(made.unwrap().success());
+    let disk = open(&world, &image, "raw", true, false).unwrap();
+    let permissions = |held| Permissions {
+        held,
+        shared: Perm::all(),
+    };
+    let writes = permissions(Perm::CONSISTENT_READ | Perm::WRITE);
+    let reopen = |changes: &[(&str, &str)], hold: Option<Permissions>| {
+        let mut transaction = Transaction::new(&world.graph);
+        let changes = changes.iter().copied().collect();
+        transaction.reopen_options(&disk.node(), changes)?;
+        if let Some(hold) = hold {
+            transaction.set_permissions(&disk, hold);
+        }
+        world.run(|co| transaction.run(co))
+    };
+    // What is there already: the other process goes on reading the image.
+    let data = std::fs::read(&image).unwrap();
+    let write = || world.run(|co| disk.pwrite(co, 0, &data[..512], support::PLAIN));
+
+    // Another process writes: together with the lock nothing changes, without it we cannot write.
+    let other = Reference::hold(&image, "qcow2", &[]);
+    let refused = reopen(&[("read-only", "off")], Some(writes)).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Locked, "{refused}");
+    assert!(disk.node().is_read_only());
+    reopen(&[("read-only", "off")], None).unwrap();
+    assert!(!disk.node().is_read_only());
+    assert_eq!(write().unwrap_err().kind(), ErrorKind::ReadOnly);
+    let refused = disk.set_permissions(writes).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Locked, "{refused}");
+    assert_eq!(write().unwrap_err().kind(), ErrorKind::ReadOnly);
+    drop(other);
+
+    // It has ended: the lock comes with the permission, and keeps the next one out.
+    assert_eq!(Reference::complaint(&image, "qcow2", &[]), "");
+    disk.set_permissions(writes).unwrap();
+    assert!(Reference::complaint(&image, "qcow2", &[]).contains("lock"));
+    write().unwrap();
+    reopen(
+        &[("read-only", "on")],
+        Some(permissions(Perm::CONSISTENT_READ)),
+    )
+    .unwrap();
+    assert_eq!(Reference::complaint(&image, "qcow2", &[]), "");
+    reopen(&[("read-only", "off")], Some(writes)).unwrap();
+    assert!(Reference::complaint(&image, "qcow2", &[]).contains("lock"));
+    write().unwrap();
+    world.close(disk).unwrap();
     world.end();
 }

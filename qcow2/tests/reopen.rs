@@ -79,21 +79,53 @@ fn rule_8_2_an_image_becomes_read_only_and_writable_again() {
     close(f, disk);
 }
 
-/// An image that has to be repaired does not become writable, and stays as it is.
+/// An image that has to be repaired does not become writable, and stays as it is; the error says what to
+/// do, and that helps.
 #[test]
 fn an_image_that_needs_repair_stays_read_only() {
-    let f = Fixture::new();
-    let disk = f.open_with(f.options().with("read-only", "on")).unwrap();
-    f.disk.poke(72, &1u64.to_be_bytes());
-    let refused = reopen(&f, &disk, Options::new().with("read-only", "off")).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::NotSupported);
-    assert!(
-        refused.to_string().contains("not closed properly"),
-        "{refused}"
-    );
-    assert!(disk.node().is_read_only() && f.graph.node_names().len() == 2);
-    assert_eq!(f.read(&disk, 0, 4), [0; 4]);
-    close(f, disk);
+    const INCOMPATIBLE: u64 = 72;
+    for (name, bits, kind, words) in [
+        (
+            "dirty",
+            1_u64,
+            ErrorKind::NotSupported,
+            "it has to be opened anew for writing, which repairs it",
+        ),
+        (
+            "corrupt",
+            2,
+            ErrorKind::ReadOnly,
+            "it cannot be opened for writing until it is repaired",
+        ),
+    ] {
+        let f = Fixture::new();
+        let disk = f.open();
+        f.write(&disk, 0, CLUSTER, 0x11);
+        f.home.run(|co| disk.close(co)).unwrap();
+        drop(disk);
+        let disk = f.open_with(f.options().with("read-only", "on")).unwrap();
+        f.disk.poke(INCOMPATIBLE, &bits.to_be_bytes());
+        let refused = reopen(&f, &disk, Options::new().with("read-only", "off")).unwrap_err();
+        assert_eq!(refused.kind(), kind, "{name}: {refused}");
+        assert!(refused.to_string().contains(words), "{name}: {refused}");
+        assert!(disk.node().is_read_only() && f.graph.node_names().len() == 2);
+        assert_eq!(f.read(&disk, 0, 4), [0x11; 4], "{name}");
+        assert_eq!(word(&f.disk, INCOMPATIBLE), bits, "{name}: as it was");
+        f.home.run(|co| disk.close(co)).unwrap();
+        drop(disk);
+        match f.open_with(f.options()) {
+            Ok(disk) => {
+                assert_eq!(name, "dirty");
+                assert_eq!(word(&f.disk, INCOMPATIBLE), 0);
+                f.write(&disk, CLUSTER, CLUSTER, 0x22);
+                assert_eq!(f.read(&disk, CLUSTER - 1, 2), [0x11, 0x22]);
+                close(f, disk);
+            }
+            Err(error) => {
+                assert_eq!((name, error.kind()), ("corrupt", kind), "{error}");
+            }
+        }
+    }
 }
 
 /// What tunes an image takes effect while it is open, and what was written stays.

@@ -6,6 +6,7 @@ use crate::drain::{Drain, Parent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, Transaction, take_permissions};
 use crate::node::Node;
+use crate::request_table::RequestKind;
 use crate::types::Permissions;
 use coblock_aio::AioContext;
 use coblock_coroutine::Co;
@@ -47,7 +48,9 @@ impl BlockBackend {
         })
     }
 
-    /// Does and shares from now on what `permissions` say.
+    /// Does and shares from now on what `permissions` say. A write that is in flight ends as it began:
+    /// who gives up writing waits for his own first, or drains the node.
+    /// [`Transaction::set_permissions`] does so, and goes together with a reopen of the node.
     ///
     /// # Errors
     /// As [`BlockBackend::with_permissions`]; nothing has changed then.
@@ -114,6 +117,7 @@ impl BlockBackend {
             let before = node.len();
             let result = {
                 let graph = self.graph.try_read(co)?;
+                self.check_writes(&graph, RequestKind::Truncate)?;
                 node.truncate(co, &graph, len, true)
             };
             self.graph.section(|section| {

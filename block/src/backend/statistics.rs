@@ -53,7 +53,9 @@ impl BlockBackend {
         admitted: &Admitted<'_>,
         f: impl FnOnce(&GraphRead<'_>) -> Result<()>,
     ) -> Result<()> {
-        if let Err(error) = self.check(admitted, offset, len) {
+        let checked = self.check(admitted, offset, len);
+        let checked = checked.and_then(|()| self.check_writes(&admitted.graph, kind.request()));
+        if let Err(error) = checked {
             self.root.accounting.refused(admitted.graph.slot(), kind);
             return Err(error);
         }

@@ -4,9 +4,10 @@ use super::permissions;
 use super::{Graph, GraphAccess, GraphCell, GraphWrite};
 use crate::drain::{Parent, Section};
 use crate::node::Node;
-use crate::types::Permissions;
+use crate::types::{Perm, Permissions};
 use coblock_coroutine::ThreadLock;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The node that an edge or a backend leads to. Owns it.
 pub(crate) struct End {
@@ -16,6 +17,8 @@ pub(crate) struct End {
     known: ThreadLock<Arc<Node>>,
     /// What this user does with the node and lets others do. Changed under the lock of sections.
     permissions: ThreadLock<Permissions>,
+    /// Is writing among them? For requests.
+    writes: AtomicBool,
 }
 
 impl End {
@@ -24,6 +27,7 @@ impl End {
             seen: GraphCell::new(graph, node.clone()),
             known: ThreadLock::new(node),
             permissions: ThreadLock::new(permissions),
+            writes: AtomicBool::new(permissions.held.contains(Perm::WRITE)),
         }
     }
 
@@ -38,6 +42,14 @@ impl End {
 
     pub(crate) fn set_permissions(&self, permissions: Permissions) {
         *self.permissions.lock() = permissions;
+        let writes = permissions.held.contains(Perm::WRITE);
+        self.writes.store(writes, Ordering::Relaxed);
+    }
+
+    /// Does this user hold the permission to write?
+    #[inline(always)]
+    pub(crate) fn writes(&self) -> bool {
+        self.writes.load(Ordering::Relaxed)
     }
 
     pub(crate) fn now(&self) -> Arc<Node> {

@@ -38,6 +38,8 @@ pub(crate) struct Future {
     new: Vec<Arc<Child>>,
     /// Edges that go.
     going: BTreeMap<usize, Arc<Child>>,
+    /// By user that will hold and share something else.
+    permits: BTreeMap<usize, (Arc<dyn Parent>, Permissions)>,
     /// By node that becomes read-only, or writable.
     read_only: BTreeMap<usize, (Arc<Node>, bool)>,
     /// By node that moves: its home.
@@ -111,6 +113,17 @@ impl Future {
     /// With `node` read-only or not.
     pub(crate) fn reopen(&mut self, node: &Arc<Node>, read_only: bool) {
         self.read_only.insert(key(node), (node.clone(), read_only));
+    }
+
+    /// With `user` holding and sharing that.
+    pub(crate) fn permit(&mut self, user: &Arc<dyn Parent>, permissions: Permissions) {
+        self.permits.insert(key(user), (user.clone(), permissions));
+    }
+
+    /// What `user` says itself that it will hold and share.
+    fn own_permissions(&self, user: &Arc<dyn Parent>) -> Permissions {
+        let changed = self.permits.get(&key(user));
+        changed.map_or_else(|| user.end().permissions(), |(_, permissions)| *permissions)
     }
 
     /// With `node` at home in `context`.
@@ -232,11 +245,6 @@ impl Future {
         Ok(children_first)
     }
 
-    /// Or does only a user come or go?
-    fn changes_the_graph(&self) -> bool {
-        !self.moves.is_empty() || !self.read_only.is_empty() || !self.edges.is_empty()
-    }
-
     /// Takes what the users will hold, and lets drivers prepare it.
     ///
     /// # Errors
@@ -247,6 +255,7 @@ impl Future {
         starts.extend(self.left.iter().cloned());
         starts.extend(self.read_only.values().map(|(node, _)| node.clone()));
         starts.extend(self.edges.values().map(|(node, _)| node.clone()));
+        starts.extend(self.permits.values().map(|(user, _)| user.end().now()));
         // What hangs below the removed ones is used by fewer.
         let mut at = 0;
         while let Some(node) = starts.get(at).cloned() {
@@ -267,7 +276,7 @@ impl Future {
                         .and_then(|owner| cumulated.get(&key(&owner)).map(|own| (owner, *own)));
                     let wants = match above {
                         Some((owner, own)) => user.needs(&owner, own, self.is_read_only(&owner)),
-                        None => user.end().permissions(),
+                        None => self.own_permissions(&user),
                     };
                     (user, wants)
                 })
@@ -283,7 +292,7 @@ impl Future {
                         shared: all.shared & one.shared,
                     })
             };
-            if self.changes_the_graph() && !mutant!("a read-only node gets writers") {
+            if !mutant!("a read-only node gets writers") {
                 node.refuse_writers(self.is_read_only(&node), all.held)?;
             }
             cumulated.insert(key(&node), all);

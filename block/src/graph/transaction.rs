@@ -25,7 +25,7 @@ use crate::child::Child;
 use crate::drain::{Drain, Drained, Parent, Quiesced};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::{Node, close_unused};
-use crate::types::ChildRole;
+use crate::types::{ChildRole, Permissions};
 use coblock_aio::AioContext;
 use coblock_coroutine::{Co, Hold, ThreadLock, mutant};
 use commit::commit;
@@ -82,6 +82,11 @@ enum Step {
         user: Arc<dyn Parent>,
         to: Arc<Node>,
     },
+    /// What a user holds and shares.
+    Permissions {
+        user: Arc<dyn Parent>,
+        permissions: Permissions,
+    },
     /// Other options.
     Reopen(Arc<Reopening>),
 }
@@ -103,6 +108,10 @@ impl Step {
             Step::User { user, to } => {
                 let from = user.end().now();
                 (vec![from.clone(), to.clone()], from)
+            }
+            Step::Permissions { user, .. } => {
+                let node = user.end().now();
+                (vec![node.clone()], node)
             }
             Step::Reopen(reopening) => (reopening.nodes(), reopening.node.clone()),
         }
@@ -213,6 +222,21 @@ impl Transaction {
         self.parts.steps.push(Step::User {
             user,
             to: to.clone(),
+        });
+        self
+    }
+
+    /// `backend` does and shares from then on what `permissions` say. Together with a
+    /// [reopen](Transaction::reopen) of its node nobody comes in between: neither is the node writable
+    /// without being locked for it, nor the lock given up for a reopen that fails.
+    pub fn set_permissions(
+        &mut self,
+        backend: &BlockBackend,
+        permissions: Permissions,
+    ) -> &mut Self {
+        self.parts.steps.push(Step::Permissions {
+            user: backend.as_parent(),
+            permissions,
         });
         self
     }

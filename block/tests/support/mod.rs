@@ -7,6 +7,7 @@ pub mod contexts;
 pub mod counted;
 pub mod net;
 pub mod requests;
+pub mod storage;
 
 use coblock_aio::{AioContext, Clock, ContextOptions, EngineKind, Home, Park, VirtualClock};
 use coblock_block::drivers::sim::SimDisk;

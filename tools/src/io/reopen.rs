@@ -162,37 +162,16 @@ fn become_so(
         options = whole;
     }
     let (session, backend) = (&image.session, &image.backend);
-    let reopen = |options: Options| {
-        let mut transaction = Transaction::new(&session.graph);
-        transaction.reopen_options(&backend.node(), options)?;
-        session.home.run(|co| transaction.run(co))
-    };
-    let permit = |write: bool| {
+    let mut transaction = Transaction::new(&session.graph);
+    transaction.reopen_options(&backend.node(), options)?;
+    let write = !with.read_only;
+    if write != image.write {
         let mut held = Perm::CONSISTENT_READ;
         held.set(Perm::WRITE, write);
         let shared = Perm::all();
-        backend.set_permissions(Permissions { held, shared })
-    };
-    let write = !with.read_only;
-    if write == image.write {
-        return reopen(options);
+        transaction.set_permissions(backend, Permissions { held, shared });
     }
-    // Who may not write must not want to; who is to write wants to afterwards.
-    if !write {
-        permit(false)?;
-        return reopen(options).inspect_err(|_| restored(permit(true)));
-    }
-    reopen(options)?;
-    permit(true).inspect_err(|_| {
-        restored(reopen(Options::new().with("read-only", "on")));
-    })
-}
-
-/// Going back to what was before is not refused: nobody else could take it meanwhile, or it is less.
-fn restored(result: block::Result<()>) {
-    if let Err(error) = result {
-        log::warn!("an image was not reopened, and is not as before either: {error}");
-    }
+    session.home.run(|co| transaction.run(co))
 }
 
 /// What an option is now: as the user gave it, or what the node is whose option it is.

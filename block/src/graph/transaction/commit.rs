@@ -38,6 +38,7 @@ pub(super) fn commit(write: &mut GraphWrite<'_>, parts: &mut Parts) -> Result<Ve
                     section.nodes.push(below);
                 }
                 Step::User { user, to } => future.lead(user.clone(), to.clone()),
+                Step::Permissions { user, permissions } => future.permit(user, *permissions),
                 Step::Reopen(reopening) => {
                     let node = &reopening.node;
                     if let Some(read_only) = reopening.to.read_only {
