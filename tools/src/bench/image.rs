@@ -110,7 +110,7 @@ impl Image {
                 ("cluster_size", &cluster_size),
             ];
             make(&path, &options)?;
-            // Holes in the file take long, and the metadata mutex is held meanwhile: reuse of freed
+            // Holes in the file take long, and their clusters are not free before: reuse of freed
             // clusters, which is what goes wrong, would be rare.
             spec.keys.set("pass-discard-request", "off");
             backing = Some(ImageSpec::file(&below, format));

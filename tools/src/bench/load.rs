@@ -235,7 +235,8 @@ impl Chooser {
         })
     }
 
-    /// Half of the requests go to a small part of the image, where they meet.
+    /// Seven of eight requests go to a small part of the image, where those of all queues meet: a
+    /// cluster is discarded and given to somebody else while another request is on its way to it.
     fn choose_mixed(&mut self, ledger: Option<&Ledger>) -> Option<Request> {
         let kind = match self.numbers.below(100) {
             0..4 => Kind::Flush,
@@ -243,9 +244,9 @@ impl Chooser {
             22..64 => Kind::Write,
             _ => Kind::Read,
         };
-        let range = match self.numbers.below(2) {
-            0 => (8 * self.most).min(self.blocks),
-            _ => self.blocks,
+        let range = match self.numbers.below(8) {
+            0 => self.blocks,
+            _ => (8 * self.most).min(self.blocks),
         };
         let mut first = self.below(range);
         let mut blocks = 1 + self.below(self.most);
