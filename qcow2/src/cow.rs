@@ -203,13 +203,14 @@ impl Qcow2 {
         result
     }
 
-    /// Frees clusters that a write did not come to map. What cannot be given back is a leak.
-    fn give_up(&self, co: &Co, graph: &GraphRead<'_>, meta: &mut Meta, run: Run) {
+    /// Frees clusters that were allocated for something that failed, whose error is the one to tell.
+    /// What cannot be given back is a leak.
+    pub(crate) fn give_up(&self, co: &Co, graph: &GraphRead<'_>, meta: &mut Meta, run: Run) {
         // Kept ones belong to the entries that they had before.
         if !run.kept
             && let Err(error) = self.release(co, graph, meta, run)
         {
-            log::warn!("leaked clusters of a write that failed: {error}");
+            log::warn!("leaked clusters of a change that failed: {error}");
         }
     }
 

@@ -402,6 +402,14 @@ pub enum Error {
         /// Where it is.
         host: HostOffset,
     },
+    /// Two tables claim one cluster: a change of one would destroy the other.
+    #[error("{table} at host offset {host} is not the only table there")]
+    SharedTable {
+        /// What the cluster holds, or one of both.
+        table: &'static str,
+        /// Where it is.
+        host: HostOffset,
+    },
     /// An L2 entry leads guest data over a table.
     #[error("guest data would overwrite the {table} at host offset {host}")]
     DataInTable {
@@ -452,6 +460,7 @@ impl Error {
             | Self::RefcountOverflow { .. }
             | Self::UncountedTable { .. }
             | Self::TableInUse { .. }
+            | Self::SharedTable { .. }
             | Self::CompressedData { .. }
             | Self::DataInTable { .. } => libc_errno::EIO,
             Self::HeaderTooLarge { .. } => libc_errno::ENOSPC,

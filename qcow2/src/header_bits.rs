@@ -189,6 +189,7 @@ impl Qcow2 {
             }
             Error::DataInTable { table, .. }
             | Error::UncountedTable { table, .. }
+            | Error::SharedTable { table, .. }
             | Error::TableInUse { table, .. } => {
                 let table = match *table {
                     "image header" => "qcow2_header",

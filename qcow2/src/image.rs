@@ -18,6 +18,7 @@ use coblock_coroutine::{Co, CoMutex, CoMutexGuard, ThreadLock};
 use crate::alloc::Frees;
 use crate::cache::SliceCache;
 use crate::check::rebuild_refcounts;
+use crate::claims::{Claims, Contested};
 use crate::cleaner::Cleaner;
 use crate::cow::PendingAllocation;
 use crate::error::Error;
@@ -59,6 +60,8 @@ pub struct Qcow2 {
     pub(crate) in_flight: RequestTable,
     /// Clusters that hold tables.
     pub(crate) tables: ClusterFilter,
+    /// Clusters that two tables claim, which are not changed.
+    pub(crate) contested: Contested,
     /// Set once: why the image takes no more changes.
     stopped: OnceLock<String>,
     /// Counts may stay in memory until the image is closed, or their cache is full of changes.
@@ -184,14 +187,24 @@ impl Qcow2 {
         let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
         let refcount_table =
             read_table(co, graph, &file, header.refcount_table_offset, table_bytes)?;
-        let tables = table_filter(geometry, &header, &l1, &refcount_table);
         let snapshot_tables = if read_only {
             SnapshotTables::default()
         } else {
             let image = ImageFile::new(co, graph, &file).with_memory_limit(tuning.memory_limit);
             SnapshotTables::read(&image, &header, tuning.overlap_check)?
         };
-        snapshot_tables.enter(&tables);
+        let claims = Claims {
+            geometry,
+            header: &header,
+            l1: &l1,
+            refcount_table: &refcount_table,
+            snapshots: &snapshot_tables,
+        };
+        let (tables, contested) = if read_only {
+            (claims.filter(), Contested::default())
+        } else {
+            claims.filter_and_contested()
+        };
 
         let stale_autoclear =
             !read_only && geometry.version() == Version::V3 && !header.autoclear.is_empty();
@@ -225,6 +238,7 @@ impl Qcow2 {
             frees: ThreadLock::new(Frees::default()),
             in_flight: RequestTable::new(),
             tables,
+            contested,
             stopped: OnceLock::new(),
             lazy_refcounts: tuning.lazy_refcounts.unwrap_or(from_header),
             pass_discard: tuning.pass_discard,
@@ -439,32 +453,4 @@ fn read_table(
         done += piece as u64;
     }
     Ok(table)
-}
-
-/// A filter that knows every cluster with a table of the active disk.
-fn table_filter(
-    geometry: Geometry,
-    header: &Header,
-    l1: &MemTable,
-    refcount_table: &MemTable,
-) -> ClusterFilter {
-    let filter = ClusterFilter::new(l1.len() + refcount_table.len());
-    filter.insert(HostCluster(0));
-    let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
-    for (at, bytes) in [
-        (header.l1_offset, l1.bytes()),
-        (header.refcount_table_offset, table_bytes),
-    ] {
-        let first = geometry.host_cluster(at).0;
-        for cluster in first..first + geometry.clusters(bytes).0 {
-            filter.insert(HostCluster(cluster));
-        }
-    }
-    for (_, entry) in l1.iter() {
-        filter.insert(geometry.host_cluster(HostOffset(entry & spec::ENTRY_OFFSET_MASK)));
-    }
-    for (_, entry) in refcount_table.iter() {
-        filter.insert(geometry.host_cluster(HostOffset(entry & !spec::REFCOUNT_TABLE_RESERVED)));
-    }
-    filter
 }

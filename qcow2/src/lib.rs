@@ -38,7 +38,7 @@
 //! | `mapping` | from guest offset to host offset |
 //! | `compress` | inflating a compressed cluster |
 //! | [`image`] | an open image: its tables, caches, counters |
-//! | `cache`, `cleaner`, `memtable`, `lazy`, `overlap` | tables in memory |
+//! | `cache`, `cleaner`, `memtable`, `lazy`, `overlap`, `claims` | tables in memory |
 //! | [`budget`] | how much memory an image may ask for |
 //! | `tuning` | what the options of a node choose |
 //! | [`header`], [`extension`], [`feature`] | the first cluster |
@@ -55,6 +55,7 @@ pub mod bitmap;
 pub mod budget;
 mod cache;
 pub mod check;
+mod claims;
 mod cleaner;
 mod compress;
 mod copy;

@@ -13,6 +13,7 @@ use coblock_block::types::in_memory;
 use coblock_block::{GraphRead, RequestFlags, Result};
 use coblock_coroutine::{Co, mutant};
 
+use crate::alloc::Run;
 use crate::cache::{Pin, Reserved, SliceCache, Words};
 use crate::entry::{L1Entry, L2Entry};
 use crate::image::{Meta, Qcow2, buffer};
@@ -286,27 +287,17 @@ impl Qcow2 {
     ) -> Result<()> {
         let index = self.geometry.l1_index(at) as u64;
         let entry = L1Entry::decode(self.l1.get(index), index, self.geometry)?;
-        let old = match entry {
-            L1Entry {
-                host: Some(_),
-                copied: true,
-            } => return Ok(()),
-            L1Entry { host, .. } => host,
-        };
-        let run = self.allocate(co, graph, meta, 1, true)?;
-        if self.lazy_refcounts {
-            // Only counts of data stay behind, as in the reference: whoever looks at a dirty image
-            // finds its tables counted.
-            self.write_back(co, graph, false, Counts::Written)?;
+        let old = entry.host;
+        if let Some(table) = old {
+            self.assert_alone(co, graph, self.geometry.host_cluster(table))?;
+            if entry.copied {
+                return Ok(());
+            }
         }
-        // The new table is complete in the file before an entry can lead there. (Hazard O5.)
-        let filled = match old {
-            None if mutant!("a new table is published before it is written") => Ok(()),
-            None => self.write_zero_cluster(co, graph, run),
-            Some(old) => self.copy_l2_table(co, graph, index, old, run.start),
-        };
-        if let Err(error) = filled {
-            self.release(co, graph, meta, run)?;
+        self.assert_entry_alone(co, graph, &self.l1, index)?;
+        let run = self.allocate(co, graph, meta, 1, true)?;
+        if let Err(error) = self.fill_l2_table(co, graph, index, old, run) {
+            self.give_up(co, graph, meta, run);
             return Err(error);
         }
         let new = L1Entry {
@@ -325,13 +316,30 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes zeros over a cluster that becomes a table.
-    fn write_zero_cluster(
+    /// Completes a new table, empty or a copy of `old`, in the file, before an entry can lead there.
+    /// (Hazard O5.)
+    fn fill_l2_table(
         &self,
         co: &Co,
         graph: &GraphRead<'_>,
-        run: crate::alloc::Run,
+        index: u64,
+        old: Option<HostOffset>,
+        run: Run,
     ) -> Result<()> {
+        if self.lazy_refcounts {
+            // Only counts of data stay behind, as in the reference: whoever looks at a dirty image
+            // finds its tables counted.
+            self.write_back(co, graph, false, Counts::Written)?;
+        }
+        match old {
+            None if mutant!("a new table is published before it is written") => Ok(()),
+            None => self.write_zero_cluster(co, graph, run),
+            Some(old) => self.copy_l2_table(co, graph, index, old, run.start),
+        }
+    }
+
+    /// Writes zeros over a cluster that becomes a table.
+    fn write_zero_cluster(&self, co: &Co, graph: &GraphRead<'_>, run: Run) -> Result<()> {
         let size = self.geometry.cluster_size();
         // Past the old end of the file everything reads as zeros; a last piece makes the file reach
         // so far.

@@ -1,4 +1,6 @@
-//! "Is there metadata at this host offset?", asked before every write.
+//! "Is there metadata at this host offset?", asked before guest data is written in place and before a
+//! cluster is handed out. Whether a table may be written where it lies is asked when its image is
+//! opened, in `claims.rs`.
 //!
 //! A damaged image can lead guest data over tables, and a bug of ours could hand out a table's
 //! cluster. The answer costs one load for almost every write: a filter of hashed bits knows every
@@ -67,10 +69,10 @@ impl ClusterFilter {
         (in_memory(word), bit(0) | bit(1) | bit(2))
     }
 
-    /// `cluster` holds a table from now on.
-    pub fn insert(&self, cluster: HostCluster) {
+    /// `cluster` holds a table from now on. Might it have held one before?
+    pub fn insert(&self, cluster: HostCluster) -> bool {
         let (word, bits) = self.place(cluster);
-        self.words[word].fetch_or(bits, Relaxed);
+        self.words[word].fetch_or(bits, Relaxed) & bits == bits
     }
 
     /// Might `cluster` hold a table?
@@ -91,7 +93,7 @@ pub(crate) struct SnapshotTables {
 }
 
 impl SnapshotTables {
-    /// Finds the tables that `wanted` names. Suspends.
+    /// Finds them; their L2 tables only if `wanted` names these. Suspends.
     ///
     /// # Errors
     /// I/O; L1 tables that are too much for the budget, if their L2 tables are wanted. A snapshot
@@ -102,12 +104,7 @@ impl SnapshotTables {
         wanted: OverlapCheck,
     ) -> coblock_block::Result<Self> {
         let mut found = SnapshotTables::default();
-        let own = [
-            OverlapCheck::SNAPSHOT_TABLE,
-            OverlapCheck::INACTIVE_L1,
-            OverlapCheck::INACTIVE_L2,
-        ];
-        if header.snapshots == 0 || !own.into_iter().any(|class| wanted.contains(class)) {
+        if header.snapshots == 0 {
             return Ok(found);
         }
         let geometry = header.geometry;
@@ -156,11 +153,10 @@ impl SnapshotTables {
         Ok(found)
     }
 
-    /// Makes `filter` know them.
-    pub fn enter(&self, filter: &ClusterFilter) {
-        for &(first, clusters, _) in &self.ranges {
-            (first..first + clusters).for_each(|cluster| filter.insert(HostCluster(cluster)));
-        }
+    /// Every cluster of each.
+    pub fn clusters(&self) -> impl Iterator<Item = u64> + '_ {
+        let ranges = self.ranges.iter();
+        ranges.flat_map(|&(first, clusters, _)| first..first + clusters)
     }
 
     /// What `cluster` holds a part of.

@@ -95,6 +95,11 @@ impl Qcow2 {
         let Some((pin, index)) = self.pin_refcounts(co, graph, cluster)? else {
             return Err(Error::RefcountUnderflow { cluster }.into());
         };
+        if !self.contested.none() {
+            let index = self.geometry.refcount_table_index(cluster);
+            let block = HostOffset(self.refcount_table.get(index));
+            self.assert_alone(co, graph, self.geometry.host_cluster(block))?;
+        }
         let width = self.refcount_width();
         let word = width.word_index(index);
         let value = pin.load(word);
@@ -159,6 +164,9 @@ impl Qcow2 {
             first + count <= self.refcount_table.len(),
             "the table was grown before"
         );
+        for index in [first, first + count - 1] {
+            self.assert_entry_alone(co, graph, &self.refcount_table, index)?;
+        }
         self.at(coblock_block::Event::RefblockAlloc);
         // Whether or not the write succeeds, something may be in these clusters afterwards.
         meta.clusters_written(self.geometry.host_start(HostCluster(at.0 + count)));

@@ -195,15 +195,10 @@ impl Qcow2 {
         }
         self.at(coblock_block::Event::L1GrowAllocTable);
         let run = self.allocate(co, graph, meta, geometry.clusters(bytes).0, true)?;
-        // Every table that the copy will name is complete in the file, and the counts of the new
-        // place are durable.
-        self.write_back(co, graph, true, Counts::Written)?;
-        let table = self.l1.to_bytes(entries);
-        self.at(coblock_block::Event::L1GrowWriteTable);
-        let none = RequestFlags::empty();
-        self.file
-            .pwrite(co, graph, run.start.0, IoVec::from(&table[..]), none)?;
-        self.file.flush(co, graph)?;
+        if let Err(error) = self.write_longer_l1(co, graph, run, entries) {
+            self.give_up(co, graph, meta, run);
+            return Err(error);
+        }
         let mut field = [0; 12];
         field[..4].copy_from_slice(&header_field(entries).to_be_bytes());
         field[4..].copy_from_slice(&run.start.0.to_be_bytes());
@@ -219,5 +214,24 @@ impl Qcow2 {
         let old_clusters = geometry.clusters(old_len * spec::TABLE_ENTRY_LEN).0;
         self.free_old_table(old, old_clusters);
         Ok(())
+    }
+
+    /// Writes a copy of the L1 table with `entries` to `run`, durably.
+    fn write_longer_l1(
+        &self,
+        co: &Co,
+        graph: &GraphRead<'_>,
+        run: Run,
+        entries: u64,
+    ) -> Result<()> {
+        // Every table that the copy will name is complete in the file, and the counts of the new
+        // place are durable.
+        self.write_back(co, graph, true, Counts::Written)?;
+        let table = self.l1.to_bytes(entries);
+        self.at(coblock_block::Event::L1GrowWriteTable);
+        let none = RequestFlags::empty();
+        self.file
+            .pwrite(co, graph, run.start.0, IoVec::from(&table[..]), none)?;
+        self.file.flush(co, graph)
     }
 }

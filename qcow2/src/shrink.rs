@@ -97,6 +97,8 @@ impl Qcow2 {
         let Some(table) = L1Entry::decode(self.l1.get(index), index, self.geometry)?.host else {
             return Ok(());
         };
+        self.assert_alone(co, graph, self.geometry.host_cluster(table))?;
+        self.assert_entry_alone(co, graph, &self.l1, index)?;
         let per_table = self.geometry.l2_entries() as u64;
         let mut mapped = Vec::new();
         let mut next = index * per_table;
@@ -152,6 +154,8 @@ impl Qcow2 {
             if self.last_counted(co, graph, range, used)?.is_some() {
                 continue;
             }
+            self.assert_alone(co, graph, own)?;
+            self.assert_entry_alone(co, graph, &self.refcount_table, index)?;
             let no_pass = self.writing_back.lock(co);
             self.refcount_table.set(index, 0);
             self.refcounts

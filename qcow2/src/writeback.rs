@@ -33,6 +33,7 @@ use coblock_coroutine::{Co, mutant};
 use crate::cache::Staged;
 use crate::image::Qcow2;
 use crate::memtable::StagedEntries;
+use crate::types::HostCluster;
 
 /// Bytes that one write of neighbouring slices may have.
 const WRITE_BYTES_MAX: usize = 1 << 20;
@@ -194,7 +195,8 @@ impl Qcow2 {
     /// durably.
     ///
     /// # Errors
-    /// I/O. Nobody can know then which of the two the file has: the image takes no more changes.
+    /// I/O. Nobody can know then which of the two the file has: the image takes no more changes. Or
+    /// something else lies over the header.
     pub(crate) fn switch_header(
         &self,
         co: &Co,
@@ -202,6 +204,7 @@ impl Qcow2 {
         at: u64,
         field: &[u8],
     ) -> Result<()> {
+        self.assert_alone(co, graph, HostCluster(0))?;
         let switched = self
             .write_table(co, graph, at, field)
             .and_then(|()| self.file.flush(co, graph));

@@ -154,3 +154,127 @@ fn no_refcount_table_grows_over_a_table_that_nothing_counts() {
     f.close(disk);
     f.refuses(16 * 512, "grow", "L2 table at host offset");
 }
+
+/// The image with data, on a disk of two L2 tables; the second one is not there yet.
+fn image_of_two_tables() -> Vec<u8> {
+    let mut image = image_with_data();
+    put64(&mut image, 24, 2 * SECOND_TABLE);
+    put32(&mut image, 36, 2);
+    image
+}
+
+/// The first byte of the disk that the second L2 table maps.
+const SECOND_TABLE: u64 = CLUSTER / 8 * CLUSTER;
+
+/// A cluster that it maps, and whose entry is zero whatever else that table is.
+const THERE: u64 = SECOND_TABLE + 8 * CLUSTER;
+
+/// An L2 table or a refcount block in a cluster where another table is. Changes of it were written
+/// over the other one; and two entries with one table had two contents of it in memory, of which
+/// the file got one: what was written and flushed through the other was gone.
+#[test]
+fn no_change_of_a_cluster_that_two_tables_claim() {
+    type Damage = fn(&mut Vec<u8>);
+    // Where a write has to go to change that cluster.
+    let cases: [(&str, Damage, &[u64]); 9] = [
+        (
+            "the second L2 table is the first",
+            |image| put64(image, L1 as usize + 8, FIRST_L2 | COPIED),
+            &[8 * CLUSTER, THERE],
+        ),
+        (
+            "the second L2 table is the first, which is shared",
+            |image| {
+                put64(image, L1 as usize, FIRST_L2);
+                put64(image, L1 as usize + 8, FIRST_L2 | COPIED);
+            },
+            &[8 * CLUSTER, THERE],
+        ),
+        (
+            "an L2 table is the refcount block",
+            |image| put64(image, L1 as usize + 8, REFCOUNT_BLOCK | COPIED),
+            &[8 * CLUSTER, THERE],
+        ),
+        (
+            "a shared L2 table is the refcount block",
+            |image| put64(image, L1 as usize + 8, REFCOUNT_BLOCK),
+            &[8 * CLUSTER, THERE],
+        ),
+        (
+            "an L2 table is the refcount table",
+            |image| put64(image, L1 as usize + 8, CLUSTER | COPIED),
+            &[THERE],
+        ),
+        (
+            "an L2 table is the L1 table",
+            |image| put64(image, L1 as usize + 8, L1 | COPIED),
+            &[THERE],
+        ),
+        (
+            "an L2 table is the snapshot table",
+            |image| {
+                let at = image.len();
+                image.resize(at + CLUSTER as usize, 0);
+                let entry = support::snapshot(L1, 0, b"1");
+                image[at..at + entry.len()].copy_from_slice(&entry);
+                put32(image, 60, 1);
+                put64(image, 64, at as u64);
+                put64(image, L1 as usize + 8, at as u64 | COPIED);
+                image[REFCOUNT_BLOCK as usize + 2 * (at / CLUSTER as usize) + 1] = 1;
+            },
+            &[THERE],
+        ),
+        (
+            "two ranges have one refcount block",
+            |image| put64(image, CLUSTER as usize + 8, REFCOUNT_BLOCK),
+            &[8 * CLUSTER],
+        ),
+        (
+            "the L1 table is the refcount table",
+            |image| put64(image, 48, L1),
+            &[THERE],
+        ),
+    ];
+    for (story, damage, places) in cases {
+        let mut image = image_of_two_tables();
+        damage(&mut image);
+        for &at in places {
+            let f = Fixture::of(&image);
+            f.refuses(at, story, "is not the only table there");
+        }
+        // What changes no table goes on.
+        let f = Fixture::of(&image);
+        let disk = f.open();
+        assert_eq!(f.read(&disk, 0, CLUSTER), [1; CLUSTER as usize], "{story}");
+        f.write(&disk, 0, CLUSTER, 2);
+        f.flush(&disk);
+        assert_eq!(f.read(&disk, 0, CLUSTER), [2; CLUSTER as usize], "{story}");
+        f.close(disk);
+    }
+}
+
+/// Two L1 entries with one L2 table that neither may change in place: each gets a copy of its own.
+#[test]
+fn a_table_that_two_entries_share_is_copied() {
+    let mut image = image_of_two_tables();
+    put64(&mut image, L1 as usize, FIRST_L2);
+    put64(&mut image, L1 as usize + 8, FIRST_L2);
+    image[(REFCOUNT_BLOCK + 2 * FIRST_L2 / CLUSTER) as usize + 1] = 2;
+    let f = Fixture::of(&image);
+    let disk = f.open();
+    f.write(&disk, 8 * CLUSTER, CLUSTER, 2);
+    f.write(&disk, SECOND_TABLE + 16 * CLUSTER, CLUSTER, 3);
+    f.close(disk);
+    let disk = f.open();
+    for (at, byte) in [
+        (0, 1),
+        (8 * CLUSTER, 2),
+        (16 * CLUSTER, 0),
+        (SECOND_TABLE, 1),
+        (SECOND_TABLE + 8 * CLUSTER, 0),
+        (SECOND_TABLE + 16 * CLUSTER, 3),
+    ] {
+        assert_eq!(f.read(&disk, at, 512), [byte; 512], "{at:#x}");
+    }
+    f.close(disk);
+}

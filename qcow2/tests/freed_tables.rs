@@ -10,7 +10,8 @@ mod support;
 
 use std::rc::Rc;
 
-use coblock_block::{BlockBackend, RequestFlags};
+use coblock_block::drivers::sim::{Fault, Match};
+use coblock_block::{BlockBackend, ErrorKind, RequestFlags};
 use coblock_qcow2::Qcow2;
 use support::rig::*;
 
@@ -175,4 +176,29 @@ fn rule_9_4_a_refcount_block_freed_by_a_shorter_disk() {
     let disk = f.open();
     assert!(f.read(&disk, 0, len).iter().all(|&b| b == 2));
     f.close(disk);
+}
+
+/// A new table that cannot be written, an L2 table while counts are lazy and a longer L1 table: the
+/// clusters that it had are free again, and the error is the one of the write.
+#[test]
+fn a_new_table_that_fails_leaks_nothing() {
+    // The new table is in the first free cluster; lazy counts come to the file before it.
+    for (story, at) in [("L2 table", REFCOUNT_BLOCK), ("L1 table", FIRST_L2)] {
+        let f = Fixture::new();
+        let disk = f
+            .open_with(f.options().with("lazy-refcounts", "on"))
+            .unwrap();
+        let change = || match story {
+            "L2 table" => f.wait(&f.start_write(&disk, 0, CLUSTER, 1)),
+            _ => f.home.run(|co| disk.truncate(co, 1 << 30, true)),
+        };
+        f.disk
+            .fail(Fault::new(Match::writes().touching(at..at + CLUSTER), 5));
+        let error = change().expect_err(story);
+        assert_eq!(error.kind(), ErrorKind::Io, "{story}: {error}");
+        audit(&f, &disk, story);
+        change().expect(story);
+        audit(&f, &disk, story);
+        f.close(disk);
+    }
 }

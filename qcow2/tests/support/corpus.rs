@@ -492,7 +492,38 @@ pub fn cases() -> Vec<Case> {
             Good,
             Good,
             Good,
+            Bad("is not the only table there"),
+        ),
+        case(
+            "no CVE: the refcount table is an L2 table",
+            || changed(|i| put64(i, 0x3_0000, 0x1_0000 | COPIED)),
             Good,
+            Good,
+            Good,
+            Bad("is not the only table there"),
+        ),
+        case(
+            "no CVE: two L1 entries share an L2 table",
+            || {
+                changed(|image| {
+                    let table = add_l2(image, &[]);
+                    put64(image, 24, 1 << 30);
+                    put32(image, 36, 2);
+                    put64(image, 0x3_0008, table | COPIED);
+                })
+            },
+            Good,
+            Good,
+            Good,
+            Bad("is not the only table there"),
+        ),
+        case(
+            "no CVE: two ranges share a refcount block",
+            || changed(|i| put64(i, 0x1_0008, 0x2_0000)),
+            Good,
+            Good,
+            Good,
+            Bad("is not the only table there"),
         ),
         case(
             "no CVE: data over the refcount table",
