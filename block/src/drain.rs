@@ -15,6 +15,10 @@
 //! A section is no lock (rule 5.3): its owner sends requests through nodes, or through a user that
 //! does not queue; others open their own sections.
 
+mod section;
+
+pub(crate) use section::Section;
+
 use crate::backend::{BlockBackend, Device};
 use crate::graph::{End, Graph, in_home};
 use crate::node::Node;
@@ -22,10 +26,9 @@ use crate::request_table::{InFlight, RequestTable, Wake};
 use crate::sync::heavy_fence;
 use crate::types::{ChildRole, Permissions};
 use coblock_aio::{AioContext, Timer};
-use coblock_coroutine::{Co, Hold, ThreadGuard, WakeHandle, mutant};
+use coblock_coroutine::{Co, Hold, mutant};
 use std::collections::BTreeSet;
 use std::fmt;
-use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -88,89 +91,13 @@ pub(crate) trait Parent: Send + Sync {
     }
 }
 
-/// The graph's lock of sections, held; and what is to be done when it is let go.
-pub(crate) struct Section<'a> {
-    /// How many sections of all nodes there are (rule 5.3).
-    all: ThreadGuard<'a, u32>,
-    /// Requests that were held back, in the order in which they came.
-    pub(crate) woken: Vec<WakeHandle>,
-    /// What was looked at: perhaps the last references, whose destructors take the lock.
-    pub(crate) parents: Vec<Arc<dyn Parent>>,
-    pub(crate) nodes: Vec<Arc<Node>>,
-}
-
-impl Section<'_> {
-    /// What a new node counts.
-    pub(crate) fn all(&self) -> u32 {
-        *self.all
-    }
-}
-
-impl Graph {
-    /// Runs `f` under the lock of sections, then wakes whom it let go on.
-    ///
-    /// # Panics
-    /// When the calling thread is under it already: a device or a driver called the graph in one of
-    /// its callbacks. Names both places.
-    #[track_caller]
-    pub(crate) fn section<R>(&self, f: impl FnOnce(&mut Section<'_>) -> R) -> R {
-        self.refuse_callbacks();
-        let mut section = Section {
-            all: self.sections.lock(),
-            woken: Vec::new(),
-            parents: Vec::new(),
-            nodes: Vec::new(),
-        };
-        let inside = Inside::enter(self);
-        let result = f(&mut section);
-        drop(inside);
-        let Section {
-            all,
-            woken,
-            parents,
-            nodes,
-        } = section;
-        drop(all);
-        drop((parents, nodes));
-        for handle in woken {
-            handle.wake();
-        }
-        result
-    }
-}
-
-impl Graph {
-    #[track_caller]
-    fn refuse_callbacks(&self) {
-        let inside = *self.inside_section.lock();
-        if let Some((thread, begun)) = inside
-            && thread == std::thread::current().id()
-        {
-            panic!(
-                "the graph is called at {}, from a callback of the change of sections at {begun}: \
-                 devices and drivers are told under a lock of the graph, and do this later",
-                Location::caller()
-            );
-        }
-    }
-}
-
-/// Which thread is under the lock of sections, and where it took it.
-struct Inside<'a>(&'a Graph);
-
-impl<'a> Inside<'a> {
-    #[track_caller]
-    fn enter(graph: &'a Graph) -> Self {
-        let here = (std::thread::current().id(), Location::caller());
-        *graph.inside_section.lock() = Some(here);
-        Inside(graph)
-    }
-}
-
-impl Drop for Inside<'_> {
-    fn drop(&mut self) {
-        *self.0.inside_section.lock() = None;
-    }
+/// Is nobody busy of `nodes`, and of the users among `parents`? An edge's node above is a node,
+/// too. All of them send nothing new.
+fn are_idle(nodes: &[Arc<Node>], parents: &[Arc<dyn Parent>]) -> bool {
+    heavy_fence();
+    let idle = |busy: &dyn Busy| !busy.is_busy_otherwise() && busy.table().is_idle();
+    let mut users = parents.iter().filter_map(|parent| parent.as_user());
+    users.all(idle) && nodes.iter().all(|node| idle(&**node))
 }
 
 /// Something that a section waits for.
@@ -241,7 +168,7 @@ impl Quiesced {
     /// (rule 7.5). No section: nothing is waited for, and threads of devices are left alone.
     #[track_caller]
     pub(crate) fn all(graph: &Arc<Graph>) -> Quiesced {
-        Quiesced::quiesce(Scope::All(graph.clone())).0
+        Quiesced::quiesce(Scope::All(graph.clone()), false).0
     }
 
     /// Each of `nodes`.
@@ -253,36 +180,53 @@ impl Quiesced {
 
     #[track_caller]
     fn begin(scope: Scope) -> Quiesced {
-        let (quiesced, devices) = Quiesced::quiesce(scope);
+        Quiesced::begin_and_look(scope).0
+    }
+
+    /// `true`: nobody was busy, with parents quiesced. `false`: that was not looked at, or somebody
+    /// is.
+    #[track_caller]
+    fn begin_and_look(scope: Scope) -> (Quiesced, bool) {
+        let (quiesced, devices, is_idle) = Quiesced::quiesce(scope, true);
         // Rule 5.9: they may wait for threads of their own, hence without the lock.
         for device in devices {
             if !mutant!("threads of devices go on in a section") {
                 device.drain_threads();
             }
         }
-        quiesced
+        (quiesced, is_idle)
     }
 
-    /// Rule 5.3: of all nodes with the devices that are to stop their threads.
+    /// Rule 5.3: of all nodes with the devices that are to stop their threads. With `look` each group
+    /// of nodes is looked at, too, while it is at hand. It counts only where there is no device:
+    /// until their threads have stopped they may begin something.
     #[track_caller]
-    fn quiesce(scope: Scope) -> (Quiesced, Vec<Arc<dyn Device>>) {
-        let devices = scope.graph().section(|section| match &scope {
+    fn quiesce(scope: Scope, look: bool) -> (Quiesced, Vec<Arc<dyn Device>>, bool) {
+        let (devices, is_idle) = scope.graph().section(|section| match &scope {
             Scope::Node(node, _) => {
                 node.quiesce(section);
-                Vec::new()
+                (Vec::new(), false)
             }
             Scope::All(graph) => {
                 *section.all += 1;
                 let mut devices = Vec::new();
-                let nodes = graph.all_nodes();
-                for node in &nodes {
-                    node.quiesce_with_devices(section, &mut devices);
-                }
-                section.nodes.extend(nodes);
-                devices
+                let mut is_idle = look;
+                section.each_group(graph, |section, nodes| {
+                    let before = section.parents.len();
+                    for node in nodes {
+                        node.quiesce_with_devices(section, &mut devices);
+                    }
+                    is_idle = is_idle && are_idle(nodes, &section.parents[before..]);
+                });
+                let without_node = section.parents.len();
+                section.gather_without_node(graph);
+                is_idle = is_idle
+                    && devices.is_empty()
+                    && are_idle(&[], &section.parents[without_node..]);
+                (devices, is_idle)
             }
         });
-        (Quiesced(scope), devices)
+        (Quiesced(scope), devices, is_idle)
     }
 }
 
@@ -294,11 +238,11 @@ impl Drop for Quiesced {
             Scope::Node(node, _) => node.unquiesce(section),
             Scope::All(graph) => {
                 *section.all -= 1;
-                let nodes = graph.all_nodes();
-                for node in &nodes {
-                    node.unquiesce(section);
-                }
-                section.nodes.extend(nodes);
+                section.each_group(graph, |section, nodes| {
+                    for node in nodes {
+                        node.unquiesce(section);
+                    }
+                });
             }
         });
     }
@@ -435,26 +379,18 @@ pub struct Target<'a> {
 impl Target<'_> {
     /// Is nobody busy? Asked once, with parents quiesced: from then on it stays so.
     fn is_idle(&self) -> bool {
-        heavy_fence();
-        let idle = |busy: &dyn Busy| !self.is_busy_otherwise(busy) && busy.table().is_idle();
         match &self.scope {
-            Scope::Node(..) => self.collect().list.iter().all(|busy| idle(&**busy)),
-            // No list of them: every edge's node above is one of all, too.
+            Scope::Node(..) => {
+                heavy_fence();
+                let idle = |busy: &Arc<dyn Busy>| {
+                    !self.is_busy_otherwise(&**busy) && busy.table().is_idle()
+                };
+                self.collect().list.iter().all(idle)
+            }
+            // No list of them without doubles.
             Scope::All(graph) => graph.section(|section| {
-                let nodes = graph.all_nodes();
-                let is_idle = nodes.iter().all(|node| {
-                    let mut users_are = true;
-                    node.each_parent(section, |parent, _| {
-                        users_are &= parent.as_user().is_none_or(idle);
-                    });
-                    users_are && idle(&**node)
-                });
-                section.nodes.extend(nodes);
-                let users = graph.all_without_node();
-                let is_idle = is_idle && users.iter().all(|user| idle(&**user));
-                let parents = users.into_iter().map(|user| user as Arc<dyn Parent>);
-                section.parents.extend(parents);
-                is_idle
+                section.gather(graph);
+                are_idle(&section.nodes, &section.parents)
             }),
         }
     }
@@ -521,8 +457,8 @@ fn in_coroutine(
         0,
         "rule 5.11: {co:?} drains with a graph guard held"
     );
-    let quiesced = quiesce_in_main(&target.scope, co);
-    if target.is_idle() {
+    let (quiesced, is_idle) = quiesce_in_main(&target.scope, co);
+    if is_idle || target.is_idle() {
         return Ok(Drained { quiesced });
     }
     let limit = Limit::new(
@@ -544,10 +480,10 @@ fn in_coroutine(
 
 /// Rule 5.1: a bottom half of the main context begins. Until then the coroutine counts as in
 /// flight on the node, so that no other section of it is complete before this one has begun.
-fn quiesce_in_main(scope: &Scope, co: &Co) -> Quiesced {
+fn quiesce_in_main(scope: &Scope, co: &Co) -> (Quiesced, bool) {
     let main = scope.graph().main_context();
     if main.is_current() {
-        return Quiesced::begin(scope.clone());
+        return Quiesced::begin_and_look(scope.clone());
     }
     if let Scope::Node(node, _) = scope
         && !mutant!("a section that is about to begin is not in flight")
@@ -556,11 +492,11 @@ fn quiesce_in_main(scope: &Scope, co: &Co) -> Quiesced {
     }
     let scope = scope.clone();
     in_home(co, main, move || {
-        let quiesced = Quiesced::begin(scope.clone());
+        let begun = Quiesced::begin_and_look(scope.clone());
         if let Scope::Node(node, _) = &scope {
             node.section_began();
         }
-        quiesced
+        begun
     })
 }
 
@@ -573,8 +509,8 @@ fn outside(target: &Target<'_>, limit: Option<Duration>) -> Result<Drained, Drai
         "rule 5.1: a section is begun outside of coroutines elsewhere than in the main context '{}'",
         main.name()
     );
-    let quiesced = Quiesced::begin(target.scope.clone());
-    if target.is_idle() {
+    let (quiesced, is_idle) = Quiesced::begin_and_look(target.scope.clone());
+    if is_idle || target.is_idle() {
         return Ok(Drained { quiesced });
     }
     let limit = Limit::new(graph, limit, Wake::Outside(wait.clone()));

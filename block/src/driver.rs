@@ -241,8 +241,8 @@ pub trait Driver: Send + Sync + 'static {
         }
     }
 
-    /// A first drained section of the node begins: start nothing by yourself (rule 5.1). Under a
-    /// lock of the graph: neither waits nor calls anything of it.
+    /// A first drained section of the node begins: start nothing by yourself (rule 5.1). Under
+    /// locks of the graph and the node: neither waits nor calls anything of them.
     fn drained_begin(&self) {}
 
     /// The last drained section of the node ended.

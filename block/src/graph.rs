@@ -285,6 +285,17 @@ impl Graph {
         self.live.fetch_sub(1, Ordering::AcqRel);
     }
 
+    /// At most `count` nodes whose serials follow `after`, and the serial to go on after; some may
+    /// have gone. `None`: there are no more.
+    pub(crate) fn nodes_after(&self, after: u64, count: usize) -> Option<(u64, Vec<Arc<Node>>)> {
+        let nodes = self.nodes.lock();
+        let mut last = None;
+        let next = nodes.all.range(after + 1..).take(count);
+        let next = next.inspect(|(serial, _)| last = Some(**serial));
+        let alive = next.filter_map(|(_, node)| node.upgrade()).collect();
+        Some((last?, alive))
+    }
+
     /// All that live, also those that are being opened.
     pub(crate) fn all_nodes(&self) -> Vec<Arc<Node>> {
         let nodes = self.nodes.lock();

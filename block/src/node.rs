@@ -36,26 +36,36 @@ use std::sync::{Arc, Weak};
 ///     let _ = node.flush(co, graph);
 /// }
 /// ```
+// In this order: what sections and requests touch lies together, before the cold rest.
+#[repr(C)]
 pub struct Node {
-    served: Served,
-    pub(crate) requests: RequestTable,
-    whole_limits: ThreadLock<Limits>,
+    /// Drained sections that this node is in. Changed under the graph's lock of sections.
+    sections: AtomicU32,
+    /// Coroutines whose section of this node is about to begin (rule 5.1).
+    beginning: AtomicU32,
+    /// Edges and backends above.
+    parents: ThreadLock<Vec<Weak<dyn Parent>>>,
     /// Length in bytes: the driver's, raised by writes past it.
     pub(crate) len: AtomicU64,
     read_only: AtomicBool,
+    /// Something was written since the last flush began. Set after a write completed, cleared
+    /// before a flush starts: so a write that completes during a flush is not taken for flushed.
+    pub(crate) unflushed: AtomicBool,
     /// Discards and `MAY_UNMAP` reach the driver.
     discard: AtomicBool,
     /// Flushes of this node's own storage are skipped: its owner said that it may be lost.
     no_flush: AtomicBool,
     /// Around the host's page cache. For who reopens: the driver has its own.
     direct: AtomicBool,
-    /// As they were given, without those of children.
-    options: ThreadLock<Options>,
-    /// Something was written since the last flush began. Set after a write completed, cleared
-    /// before a flush starts: so a write that completes during a flush is not taken for flushed.
-    pub(crate) unflushed: AtomicBool,
     /// A flush of this node's own storage failed. Never cleared.
     pub(crate) poisoned: AtomicBool,
+    pub(crate) force_share: bool,
+    served: Served,
+    pub(crate) requests: RequestTable,
+    // Requests leave alone what follows.
+    whole_limits: ThreadLock<Limits>,
+    /// As they were given, without those of children.
+    options: ThreadLock<Options>,
     /// One flush at a time; the next one then often finds nothing to do.
     pub(crate) flushing: CoMutex<()>,
     name: String,
@@ -63,15 +73,8 @@ pub struct Node {
     filename: String,
     graph: Weak<Graph>,
     users: AtomicUsize,
-    /// Edges and backends above.
-    parents: ThreadLock<Vec<Weak<dyn Parent>>>,
-    /// Drained sections that this node is in. Changed under the graph's lock of sections.
-    sections: AtomicU32,
-    /// Coroutines whose section of this node is about to begin (rule 5.1).
-    beginning: AtomicU32,
     serial: u64,
     file_id: Option<FileId>,
-    pub(crate) force_share: bool,
     /// Under the lock of sections.
     permissions: ThreadLock<Permissions>,
     /// The home context, and its place there unless that is the main one. Changed under the lock of
@@ -478,15 +481,23 @@ impl Node {
     pub(crate) fn born(&self, sections: u32) {
         self.sections.store(sections, Ordering::Relaxed);
         if sections > 0 {
-            self.driver().drained_begin();
+            self.tell_driver(|driver| driver.drained_begin());
         }
+    }
+
+    /// Returns how many there were. Only under the lock of sections, hence no read-modify-write.
+    fn count_section(&self, change: i32) -> u32 {
+        let before = self.sections.load(Ordering::Relaxed);
+        let after = before.wrapping_add_signed(change);
+        self.sections.store(after, Ordering::Relaxed);
+        before
     }
 
     /// Rule 5.1: on the first level parents send nothing new, then the driver.
     pub(crate) fn quiesce(&self, section: &mut Section<'_>) {
-        if self.sections.fetch_add(1, Ordering::Relaxed) == 0 {
+        if self.count_section(1) == 0 {
             self.each_parent(section, |parent, section| parent.drained_begin(section));
-            self.driver().drained_begin();
+            self.tell_driver(|driver| driver.drained_begin());
         }
     }
 
@@ -496,7 +507,7 @@ impl Node {
         section: &mut Section<'_>,
         devices: &mut Vec<Arc<dyn Device>>,
     ) {
-        let is_first = self.sections.fetch_add(1, Ordering::Relaxed) == 0;
+        let is_first = self.count_section(1) == 0;
         self.each_parent(section, |parent, section| {
             if is_first {
                 parent.drained_begin(section);
@@ -504,20 +515,20 @@ impl Node {
             devices.extend(parent.device());
         });
         if is_first {
-            self.driver().drained_begin();
+            self.tell_driver(|driver| driver.drained_begin());
         }
     }
 
     /// Rule 5.2: on the last level the driver goes on, then parents.
     pub(crate) fn unquiesce(&self, section: &mut Section<'_>) {
-        let before = self.sections.fetch_sub(1, Ordering::Relaxed);
+        let before = self.count_section(-1);
         assert!(
             before > 0,
             "node '{}' leaves a section that it is not in",
             self.name
         );
         if before == 1 || mutant!("an inner section ends the outer one") {
-            self.driver().drained_end();
+            self.tell_driver(|driver| driver.drained_end());
             self.each_parent(section, |parent, section| parent.drained_end(section));
         }
     }

@@ -285,6 +285,8 @@ pub struct InFlight {
 }
 
 /// The requests in flight on one node, or of one user.
+// In this order: what every request looks at comes first, and close to the first rows.
+#[repr(C)]
 pub struct RequestTable {
     special: Special,
     waiters: Waiters,
@@ -764,7 +766,7 @@ impl Drop for Turn<'_> {
 }
 
 impl Drop for Tracked<'_> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         // While it serialises, the table is not plain.
         if !self.table.is_plain() {

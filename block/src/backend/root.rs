@@ -20,7 +20,7 @@ use coblock_aio::AioContext;
 use coblock_coroutine::{Co, ThreadLock, WakeHandle, mutant};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 /// What a device, an export or another user of a backend does in drained sections (rules 5.1, 5.5,
 /// 5.9).
@@ -114,17 +114,22 @@ impl Gate {
 }
 
 /// What a backend and its node share.
+// In this order: what sections and requests touch lies together.
+#[repr(C)]
 pub(crate) struct Root {
     pub(crate) end: End,
-    pub(crate) requests: RequestTable,
-    pub(crate) accounting: Accounting,
-    /// Requests that were traced.
-    traced: AtomicU64,
-    gate: ThreadLock<Gate>,
     /// Woken, and not in the table yet.
     resuming: AtomicU32,
     /// Operations made of several requests (rule 5.6).
     operations: AtomicU32,
+    /// Is there a device? Sections of many nodes ask each time, most of them for nothing. Changed
+    /// under `gate`.
+    has_device: AtomicBool,
+    gate: ThreadLock<Gate>,
+    pub(crate) requests: RequestTable,
+    pub(crate) accounting: Accounting,
+    /// Requests that were traced.
+    traced: AtomicU64,
 }
 
 impl Root {
@@ -141,6 +146,7 @@ impl Root {
             gate: ThreadLock::new(gate),
             resuming: AtomicU32::new(0),
             operations: AtomicU32::new(0),
+            has_device: AtomicBool::new(false),
         })
     }
 
@@ -154,7 +160,11 @@ impl Root {
     }
 
     pub(crate) fn set_device(&self, device: Option<Arc<dyn Device>>) {
-        self.gate.lock().device = device;
+        let mut gate = self.gate.lock();
+        self.has_device.store(device.is_some(), Ordering::Release);
+        let before = std::mem::replace(&mut gate.device, device);
+        drop(gate);
+        drop(before);
     }
 
     pub(crate) fn allow_moves(&self, on: bool) {
@@ -413,6 +423,9 @@ impl Parent for Root {
     }
 
     fn device(&self) -> Option<Arc<dyn Device>> {
+        if !self.has_device.load(Ordering::Acquire) {
+            return None;
+        }
         self.gate.lock().device.clone()
     }
 }

@@ -115,6 +115,11 @@ impl Node {
         self.served.known.lock().driver.clone()
     }
 
+    /// Tells it about a section, in place: sections of many nodes would count each driver.
+    pub(super) fn tell_driver(&self, tell: impl FnOnce(&dyn Driver)) {
+        tell(&*self.served.known.lock().driver);
+    }
+
     /// The edges to its children, for who holds no guard; none until it is published.
     pub(crate) fn edges(&self) -> Edges {
         self.served.known.lock().edges.clone()
