@@ -9,7 +9,7 @@ use coblock::block::{Options, Reopen, RequestFlags, Transaction, close_unused, o
 use coblock::coroutine::Co;
 
 use super::layers::Overlays;
-use super::load::{Failed, Shared};
+use super::load::{Effect, Failed, Shared};
 use super::play::Stage;
 use super::request::{LIMITS, Sender};
 use super::script::Setting;
@@ -160,15 +160,19 @@ impl Shared {
         self.state.borrow_mut().changes.begin();
         let result = self.make_change(sender, change, &mut inserted);
         self.state.borrow_mut().changes.end();
-        Ok(result?)
+        if let Some(effect) = result? {
+            self.happened(effect);
+        }
+        Ok(())
     }
 
+    /// Makes it, and says what it did.
     fn make_change(
         &self,
         sender: &Sender<'_>,
         change: Change,
         inserted: &mut Vec<Arc<Node>>,
-    ) -> block::Result<()> {
+    ) -> block::Result<Option<Effect>> {
         let graph = sender.backend.graph();
         let image = || {
             let overlays = self.stage().overlays;
@@ -191,7 +195,7 @@ impl Shared {
             }
             Change::Remove => {
                 let Some(top) = inserted.pop() else {
-                    return Ok(());
+                    return Ok(None);
                 };
                 let mut transaction = Transaction::new(graph);
                 transaction.remove(&top);
@@ -199,16 +203,16 @@ impl Shared {
                 if result.is_err() {
                     inserted.push(top);
                 }
-                return result;
+                result?;
             }
             Change::Replace { filter } => {
                 let Some(old) = inserted.pop() else {
-                    return Ok(());
+                    return Ok(None);
                 };
                 self.group(graph);
                 let (result, stays) = sender.send(|co, _| replace(co, graph, &old, filter));
                 inserted.push(stays.unwrap_or(old));
-                return result;
+                result?;
             }
             Change::Options { discard } => {
                 let mut transaction = Transaction::new(graph);
@@ -217,24 +221,28 @@ impl Shared {
                     ..Reopen::default()
                 };
                 transaction.reopen(&image, to);
-                return sender.send(|co, _| run(co, graph, transaction, Vec::new()));
+                sender.send(|co, _| run(co, graph, transaction, Vec::new()))?;
+                return Ok(None);
             }
             Change::Refused => {
-                return sender.send(|co, backend| refused(co, backend, &image));
+                sender.send(|co, backend| refused(co, backend, &image))?;
+                return Ok(None);
             }
             Change::Home { queue } => {
                 let home = self.context(queue);
+                let before = sender.backend.home_context();
                 sender.send(|co, backend| backend.move_to(co, home))?;
                 assert!(Arc::ptr_eq(&sender.backend.home_context(), home));
+                return Ok((!Arc::ptr_eq(&before, home)).then_some(Effect::HomeMove));
             }
             Change::Snapshot { two } => {
                 // An overlay is as long as what it comes above.
                 let _layout = self.layout.write(sender.co);
                 let stage = self.stage();
-                return sender.send(|co, backend| snapshot(co, backend, &stage, &image, two));
+                sender.send(|co, backend| snapshot(co, backend, &stage, &image, two))?;
             }
         }
-        Ok(())
+        Ok(Some(Effect::GraphChange))
     }
 }
 

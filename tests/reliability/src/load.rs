@@ -5,6 +5,7 @@
 //! steps; the model lies between them and needs no lock.
 
 use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -70,6 +71,26 @@ pub struct Loaded {
     pub peak: usize,
     /// Length of the file's log at the last `mark`.
     pub mark: usize,
+    /// Mechanisms that had an effect.
+    pub effects: BTreeSet<Effect>,
+}
+
+/// What a step can have done, which is less often than it is asked for: a move to where it already
+/// is does nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Effect {
+    /// A drained section began, and ended.
+    Section,
+    /// A transaction changed what is connected to what.
+    GraphChange,
+    /// The nodes have another context than before as their home. (Rule 8.3.)
+    HomeMove,
+    /// A request ran in another context than the one that sent it. (Rule 3.10.)
+    Elsewhere,
+    /// A limit above zero was set. (Rule 8.1.)
+    Limit,
+    /// The disk failed a request.
+    Fault,
 }
 
 type Reopen = dyn Fn(&Co) -> block::Result<Arc<BlockBackend>>;
@@ -116,6 +137,7 @@ pub(crate) struct State {
     /// Most requests that were in flight at once.
     peak: usize,
     errors: usize,
+    pub(crate) effects: BTreeSet<Effect>,
     pub(crate) resizes: Ongoing,
     pub(crate) changes: Ongoing,
     pub(crate) rng: Rng,
@@ -158,6 +180,7 @@ impl Load {
             alone: false,
             peak: 0,
             errors: 0,
+            effects: BTreeSet::new(),
             resizes: Ongoing::default(),
             changes: Ongoing::default(),
             rng: Rng::new(!seed),
@@ -269,6 +292,7 @@ impl Load {
             history: state.history,
             peak: state.peak,
             mark,
+            effects: state.effects,
         }
     }
 }
@@ -316,6 +340,11 @@ impl Shared {
         self.stage.clone().expect("a load that knows its stage")
     }
 
+    /// Notes that something had an effect.
+    pub(crate) fn happened(&self, effect: Effect) {
+        self.state.borrow_mut().effects.insert(effect);
+    }
+
     /// The next request, when its turn has come.
     fn take(&self, co: &Co) -> Option<(usize, Op)> {
         loop {
@@ -345,6 +374,9 @@ impl Shared {
                 backend: &backend,
                 elsewhere: queue.map(|there| self.context(there)),
             };
+            if op.range().is_some() && sender.is_elsewhere() {
+                self.happened(Effect::Elsewhere);
+            }
             self.request(&sender, op)
         };
         let error = match &result {

@@ -7,6 +7,7 @@
 //! ```
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +19,7 @@ use coblock::qcow2::{Qcow2, Qcow2Stats};
 
 use super::judge::Verdict;
 use super::layers::{self, Overlays};
-use super::load::{Ended, Load, Loaded};
+use super::load::{Effect, Ended, Load, Loaded};
 use super::model::{History, stamp};
 use super::request::LIMITS;
 use super::script::{Script, Setting};
@@ -225,6 +226,8 @@ pub struct Played {
     pub log: Vec<LogEntry>,
     /// Virtual time that it took.
     pub now_ns: u64,
+    /// Mechanisms that had an effect.
+    pub effects: BTreeSet<Effect>,
 }
 
 /// Plays `script` on a fresh stage; nothing may fail.
@@ -281,6 +284,7 @@ pub fn play_on(
         mut history,
         peak,
         mark,
+        mut effects,
     } = load.end();
     let backend = backend.expect("the last one that was opened");
     let stats = stats(&backend);
@@ -295,6 +299,11 @@ pub fn play_on(
     sim.end();
     let in_flight: usize = stage.layers().iter().map(|disk| disk.in_flight()).sum();
     assert_eq!(in_flight, 0, "requests that outlive their run");
+    let hits = stage.disk.take_hits();
+    if !hits.is_empty() {
+        effects.insert(Effect::Fault);
+    }
+    stage.disk.put_hits(hits);
     Played {
         audits: audits.get(),
         log: layers::log(&stage.layers()),
@@ -308,6 +317,7 @@ pub fn play_on(
         mark,
         stats,
         now_ns,
+        effects,
     }
 }
 

@@ -13,7 +13,7 @@ use coblock::block::{self, BlockBackend, DenyAll, DriverRegistry, ErrorKind, Opt
 use coblock::block::{Drain, Drained, Graph, RequestFlags};
 use coblock::coroutine::Co;
 
-use super::load::{Failed, Shared};
+use super::load::{Effect, Failed, Shared};
 use super::model::{Puts, WriteId};
 use super::script::Op;
 
@@ -52,6 +52,12 @@ pub(crate) struct Sender<'a> {
 }
 
 impl Sender<'_> {
+    /// Does it send to another context than this one?
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        let here = coblock::aio::current().expect("a request runs in a context");
+        self.elsewhere.is_some_and(|there| !Arc::ptr_eq(there, &here))
+    }
+
     /// Calls `f` here, or as a coroutine of the other context. (Rule 3.10.)
     pub(crate) fn send<R: Send>(&self, f: impl FnOnce(&Co, &Arc<BlockBackend>) -> R + Send) -> R {
         let backend = self.backend;
@@ -231,6 +237,7 @@ impl Shared {
             assert_eq!(self.asked(), asked, "requests sent below in {drained:?}");
         }
         drop(drained);
+        self.happened(Effect::Section);
         Ok(())
     }
 
@@ -260,6 +267,9 @@ impl Shared {
         };
         let group = self.group(backend.graph());
         group.set_config(config).expect("limits that make sense");
+        if config.is_enabled() {
+            self.happened(Effect::Limit);
+        }
         if !self.setting.throttle_node {
             backend.set_throttle(config.is_enabled().then_some(&group));
         }

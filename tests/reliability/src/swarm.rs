@@ -296,7 +296,8 @@ pub fn add_flags(script: &mut Script, rng: &mut Rng) {
     }
 }
 
-/// Strews steps of other kinds between the requests: each kind in about two scripts of five.
+/// Strews steps of other kinds between the requests: each kind in about two scripts of five; moves in
+/// more of those that have somewhere to go.
 pub fn add_steps(script: &mut Script, rng: &mut Rng) {
     let queues = script.setting.queues as u64;
     let mut strew_some = |most, draw: &dyn Fn(&mut Rng) -> Vec<Op>| {
@@ -307,10 +308,6 @@ pub fn add_steps(script: &mut Script, rng: &mut Rng) {
     strew_some(4, &|_| vec![Op::Drain]);
     strew_some(2, &|_| vec![Op::DrainAll]);
     strew_some(3, &|_| vec![Op::Lock]);
-    strew_some(9, &|rng| {
-        let queue = usize::try_from(rng.below(queues)).expect("few");
-        vec![Op::Move { queue }]
-    });
     strew_some(3, &|rng| {
         // Slow enough to queue up, fast enough for a minute of virtual time.
         let iops = rng.pick(&[0, 200, 2_000]);
@@ -318,6 +315,12 @@ pub fn add_steps(script: &mut Script, rng: &mut Rng) {
         let off = Op::Throttle { iops: 0, bps: 0 };
         vec![Op::Throttle { iops, bps }, off]
     });
+    if queues > 1 && rng.chance(65) {
+        strew(script, rng, 9, &|rng| {
+            let queue = usize::try_from(rng.below(queues)).expect("few");
+            vec![Op::Move { queue }]
+        });
+    }
     if rng.chance(40) {
         add_resizes(script, rng, 2);
     }
@@ -353,10 +356,14 @@ pub fn add_changes(script: &mut Script, rng: &mut Rng) {
     strew_some(2, &|_| vec![Change::Snapshot { two: false }]);
     strew_some(1, &|_| vec![Change::Snapshot { two: true }]);
     let queues = script.setting.queues as u64;
-    if rng.chance(45) {
+    if queues > 1 && rng.chance(75) {
+        // There, from where they are at first, and somewhere.
         strew(script, rng, 3, &|rng| {
-            let queue = usize::try_from(rng.below(queues)).expect("few");
-            vec![Op::Change(Change::Home { queue })]
+            let home = |queue| {
+                let queue = usize::try_from(queue).expect("few");
+                Op::Change(Change::Home { queue })
+            };
+            vec![home(rng.between(1, queues - 1)), home(rng.below(queues))]
         });
     }
     if rng.chance(40)
