@@ -20,12 +20,19 @@
 //!                          (x)    (y)    (z)
 //! ```
 //!
+//! Reads bind later reads, too: who has seen 2 at (x) shall not see 2, 1 and 2 again. So each unit is
+//! a linearizable register; [`order`] has the rule.
+//!
 //! Log positions tie this to a power cut: the simulated file counts what was sent to it, and every
 //! event here notes that count.
 
 use std::fmt;
 
 use super::rng::mix;
+
+mod order;
+
+use order::{Seen, Zone};
 
 /// Number of a write. 0 is what the disk held before: zeros, or the stamp of a backing file.
 pub type WriteId = u64;
@@ -135,6 +142,8 @@ pub struct History {
     /// For each unit, the writes that cover it, oldest begin first.
     units: Vec<Vec<WriteId>>,
     flushes: Vec<Flush>,
+    /// For each unit, what reads have returned.
+    seen: Vec<Seen>,
     /// What a unit holds before the first write: zeros, or a backing file's stamp.
     base: Vec<bool>,
     /// The disk's length in bytes is one more thing that is written, by resizes.
@@ -210,6 +219,7 @@ impl History {
             backing: 0,
             layered: false,
             units: vec![vec![0]; units],
+            seen: vec![Seen::default(); units],
             flushes: Vec::new(),
             base: vec![false; units],
             racing_reads: false,
@@ -365,7 +375,44 @@ impl History {
                     violation.mixture = self.mixture(piece, violation.offset, ids);
                 }
                 violation
-            })
+            })?;
+        let ended = self.tick();
+        for (unit, &found) in self.range(offset, buf.len()).zip(&units) {
+            if let Content::Stamp(id) = found {
+                self.seen[unit].add(id, token.began, ended);
+                self.in_order(unit, id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Is there an order of everything that went on at `unit` in which each read returned the newest
+    /// write? `id` is what was seen last.
+    fn in_order(&self, unit: usize, id: WriteId) -> Result<(), Violation> {
+        let ids = &self.units[unit];
+        let of = |id: WriteId| &self.writes[index(id)];
+        // What was cut off may show what lies below until the resize has ended.
+        if of(id).failed || ids.iter().any(|id| of(*id).puts == Puts::CutOff) {
+            return Ok(());
+        }
+        let zone = |id| {
+            let write = of(id);
+            self.seen[unit].zone(id, Zone::of_write(write.began, write.ended))
+        };
+        // Zeros do not say who put them there, and a write that failed may come and go.
+        let others = ids
+            .iter()
+            .filter(|other| **other != id && !of(**other).failed && !self.zeros(**other, unit));
+        let its = zone(id);
+        match others.copied().find(|other| its.conflicts(zone(*other))) {
+            None => Ok(()),
+            Some(other) => Err(Violation {
+                offset: (unit * self.unit) as u64,
+                found: Content::Stamp(id),
+                allowed: vec![other],
+                mixture: format!(" again, {its:?} around {:?}", zone(other)),
+            }),
+        }
     }
 
     /// What every unit of `buf` holds, which begins at `offset`.

@@ -55,7 +55,8 @@ impl Sender<'_> {
     /// Does it send to another context than this one?
     pub(crate) fn is_elsewhere(&self) -> bool {
         let here = coblock::aio::current().expect("a request runs in a context");
-        self.elsewhere.is_some_and(|there| !Arc::ptr_eq(there, &here))
+        self.elsewhere
+            .is_some_and(|there| !Arc::ptr_eq(there, &here))
     }
 
     /// Calls `f` here, or as a coroutine of the other context. (Rule 3.10.)

@@ -401,7 +401,9 @@ pub fn many(first: u64, count: u64, twice: u64, jobs: usize) -> Many {
                 many.errors += outcome.errors;
                 many.audits += outcome.audits;
                 many.cuts.add(outcome.cuts);
-                let its = MECHANISMS.iter().filter(|its| outcome.effects.contains(&its.1));
+                let its = MECHANISMS
+                    .iter()
+                    .filter(|its| outcome.effects.contains(&its.1));
                 its.for_each(|(name, _)| *many.mechanisms.entry(*name).or_default() += 1);
             }
             Err(why) => many.failures.push((seed, why)),
