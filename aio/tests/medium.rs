@@ -5,6 +5,7 @@ mod support;
 use coblock_aio::{ContextOptions, Home, Job, Medium, WorkPool, co};
 use std::cell::{Cell, RefCell};
 use std::fs::File;
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,7 +15,11 @@ fn in_memory(test: &str) -> Option<File> {
     let file = tempfile::tempfile_in("/dev/shm").ok();
     let file = file.filter(|file| matches!(Medium::of(file.as_fd(), false), Ok(Medium::Memory)));
     if file.is_none() {
-        println!("SKIPPED: {test}: /dev/shm is no tmpfs here");
+        writeln!(
+            std::io::stderr(),
+            "SKIPPED: {test}: /dev/shm is no tmpfs here"
+        )
+        .expect("standard error");
     }
     file
 }

@@ -6,6 +6,7 @@ use coblock_aio::EngineKind;
 use coblock_block::{Options, RequestFlags};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::io::Write as _;
 use std::sync::Arc;
 use support::World;
 
@@ -106,7 +107,8 @@ fn measure(engine: EngineKind, write: bool) -> u64 {
 #[test]
 fn a_request_allocates_nothing() {
     if !support::engines().contains(&EngineKind::IoUring) {
-        println!("SKIPPED: io_uring is not to be had here");
+        writeln!(std::io::stderr(), "SKIPPED: io_uring is not to be had here")
+            .expect("standard error");
         return;
     }
     assert_eq!(measure(EngineKind::IoUring, false), 0, "reads");

@@ -5,6 +5,7 @@ mod support;
 use coblock_aio::AlignedBuf;
 use coblock_block::types::in_memory;
 use coblock_block::{ErrorKind, Limits, MAX_REQUEST, Options, RequestFlags};
+use std::io::Write as _;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use support::{World, engines, pattern};
 
@@ -216,7 +217,12 @@ fn limits_of_a_file_are_enough() {
         let options = Options::file(path.to_str().unwrap()).with("cache.direct", direct);
         let Ok(backend) = world.open(options) else {
             assert_eq!(direct, "on", "only direct I/O may be missing");
-            println!("SKIPPED: no direct I/O in {}", path.display());
+            writeln!(
+                std::io::stderr(),
+                "SKIPPED: no direct I/O in {}",
+                path.display()
+            )
+            .expect("standard error");
             continue;
         };
         let limits = backend.node().limits();
@@ -287,7 +293,11 @@ fn a_block_device_has_a_fixed_length() {
         .ok()
         .filter(|output| output.status.success());
     let Some(attached) = attached else {
-        println!("SKIPPED: no loop device is to be had here");
+        writeln!(
+            std::io::stderr(),
+            "SKIPPED: no loop device is to be had here"
+        )
+        .expect("standard error");
         return;
     };
     let device = String::from_utf8(attached.stdout)

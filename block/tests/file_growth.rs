@@ -9,6 +9,7 @@ use coblock_block::{
 };
 use coblock_coroutine::Co;
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -64,7 +65,12 @@ fn sets_aside(dir: &Path) -> bool {
     let flags = rustix::fs::FallocateFlags::empty();
     let does = !in_memory && rustix::fs::fallocate(&file, flags, 0, 1 << 20).is_ok();
     if !does {
-        println!("SKIPPED: {} sets no space aside", dir.display());
+        writeln!(
+            std::io::stderr(),
+            "SKIPPED: {} sets no space aside",
+            dir.display()
+        )
+        .expect("standard error");
     }
     does
 }

@@ -7,6 +7,7 @@ use coblock_block::drivers::sim::SimDisk;
 use coblock_block::{
     BlockBackend, ErrorKind, Options, Perm, Permissions, Reopen, Transaction, close_unused,
 };
+use std::io::Write as _;
 use std::sync::Arc;
 use support::change::*;
 use support::counted::{Calls, OpenCounted};
@@ -69,7 +70,11 @@ fn rule_8_2_a_file_goes_around_the_cache_and_back() {
         }
         Err(error) => {
             assert_eq!(error.errno(), libc::EINVAL, "{error}");
-            eprintln!("SKIPPED: this file system has no O_DIRECT");
+            writeln!(
+                std::io::stderr(),
+                "SKIPPED: this file system has no O_DIRECT"
+            )
+            .expect("standard error");
             assert!(!file.is_direct() && !backend.node().is_direct());
         }
     }

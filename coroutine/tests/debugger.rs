@@ -5,6 +5,7 @@ mod support;
 #[path = "../examples/asleep.rs"]
 mod asleep;
 
+use std::io::Write as _;
 use std::process::Command;
 
 use support::is_child;
@@ -23,7 +24,11 @@ enum On<'a> {
 /// Runs gdb with `commands`. None: it cannot be run here, which is said aloud.
 fn gdb(on: On<'_>, commands: &[&str]) -> Option<String> {
     if !cfg!(target_arch = "x86_64") {
-        println!("SKIPPED: the script knows the stacks of x86-64 only");
+        writeln!(
+            std::io::stderr(),
+            "SKIPPED: the script knows the stacks of x86-64 only"
+        )
+        .expect("standard error");
         return None;
     }
     let program = std::env::current_exe().unwrap();
@@ -46,7 +51,8 @@ fn gdb(on: On<'_>, commands: &[&str]) -> Option<String> {
     let output = match gdb.output() {
         Ok(output) => output,
         Err(why) => {
-            println!("SKIPPED: gdb cannot be run: {why}");
+            writeln!(std::io::stderr(), "SKIPPED: gdb cannot be run: {why}")
+                .expect("standard error");
             return None;
         }
     };
@@ -57,7 +63,7 @@ fn gdb(on: On<'_>, commands: &[&str]) -> Option<String> {
         "\"Python\" language is not supported",
     ] {
         if told.contains(missing) {
-            println!("SKIPPED: gdb says: {missing}");
+            writeln!(std::io::stderr(), "SKIPPED: gdb says: {missing}").expect("standard error");
             return None;
         }
     }

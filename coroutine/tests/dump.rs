@@ -3,6 +3,7 @@
 mod support;
 
 use std::cell::RefCell;
+use std::io::Write as _;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -276,13 +277,18 @@ fn falls_back_when_the_kernel_refuses_markers() {
 #[test]
 fn falls_back_in_locked_memory() {
     if cfg!(feature = "sanitizer") {
-        println!("SKIPPED: AddressSanitizer does not let a program lock its memory");
+        writeln!(
+            std::io::stderr(),
+            "SKIPPED: AddressSanitizer does not let a program lock its memory"
+        )
+        .expect("standard error");
         return;
     }
     if is_child("falls_back_in_locked_memory") {
         // SAFETY: has no precondition.
         if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } != 0 {
-            println!("SKIPPED: this user may not lock memory");
+            writeln!(std::io::stderr(), "SKIPPED: this user may not lock memory")
+                .expect("standard error");
             std::process::exit(77);
         }
         uses_mprotect();

@@ -8,6 +8,7 @@
 )]
 
 use std::cell::{Cell, RefCell};
+use std::io::Write as _;
 use std::process::Command;
 use std::rc::Rc;
 
@@ -35,7 +36,8 @@ fn qemu_img(args: &[&str]) -> Option<String> {
                 std::env::var_os("CI").is_none(),
                 "CI needs qemu-img: {error}"
             );
-            eprintln!("SKIPPED: qemu-img is missing ({error})");
+            writeln!(std::io::stderr(), "SKIPPED: qemu-img is missing ({error})")
+                .expect("standard error");
             None
         }
     }

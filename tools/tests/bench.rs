@@ -1,6 +1,7 @@
 //! The main job, run as a program: what it prints, what it finds, what it must not touch.
 
 use std::fs;
+use std::io::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -281,7 +282,11 @@ fn a_file_that_cannot_grow_is_an_error() {
 fn a_small_address_space_is_enough_or_an_error() {
     // What checks accesses has tables of terabytes of addresses.
     if std::env::var_os("COBLOCK_TEST_INSTRUMENTED").is_some() {
-        println!("SKIPPED: an instrumented program needs more addresses");
+        writeln!(
+            std::io::stderr(),
+            "SKIPPED: an instrumented program needs more addresses"
+        )
+        .expect("standard error");
         return;
     }
     let folder = Folder::new();

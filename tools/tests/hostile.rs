@@ -9,6 +9,7 @@
 mod images;
 
 use std::fs::File;
+use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -84,7 +85,12 @@ fn the_program_survives_every_image() {
     for (number, case) in cases().into_iter().enumerate() {
         let path = dir.path().join(format!("{number}.qcow2"));
         if !store(&(case.disk)(), &path) {
-            println!("SKIPPED: {}: no file here can be so long", case.name);
+            writeln!(
+                std::io::stderr(),
+                "SKIPPED: {}: no file here can be so long",
+                case.name
+            )
+            .expect("standard error");
             continue;
         }
         for args in USES {

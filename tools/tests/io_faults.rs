@@ -163,7 +163,11 @@ impl Drop for Mounted {
 fn a_file_system_that_is_full() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let Some(mounted) = Mounted::new(folder.path()) else {
-        println!("SKIPPED: no file system can be made and mounted on a loop device here");
+        writeln!(
+            std::io::stderr(),
+            "SKIPPED: no file system can be made and mounted on a loop device here"
+        )
+        .expect("standard error");
         return;
     };
     let start = || {
@@ -312,7 +316,8 @@ fn a_disk_that_breaks() {
         let broken = match Broken::in_sectors(&file, &at) {
             Ok(broken) => broken,
             Err(why) => {
-                println!("SKIPPED: no disk that breaks: {why}");
+                writeln!(std::io::stderr(), "SKIPPED: no disk that breaks: {why}")
+                    .expect("standard error");
                 return;
             }
         };
@@ -445,7 +450,11 @@ fn nbdkit_error_filter() {
         let broken = match Broken::while_switched(&file, &at, errno, &switches) {
             Ok(broken) => broken,
             Err(why) => {
-                println!("SKIPPED: no nbdkit below a mounted file: {why}");
+                writeln!(
+                    std::io::stderr(),
+                    "SKIPPED: no nbdkit below a mounted file: {why}"
+                )
+                .expect("standard error");
                 return;
             }
         };

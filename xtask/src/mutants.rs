@@ -1,6 +1,6 @@
 //! `cargo xtask mutants`: builds the reliability machine with the feature `mutants`, which the
-//! product has nowhere else, and lets it hunt. Then the main job does, on threads: some mistakes
-//! need what one thread does not have.
+//! product has nowhere else, and lets it hunt. Before that the main job does, on threads: some
+//! mistakes need what one thread does not have. The last line is `M of N mutants caught`.
 
 use std::process::Command;
 
@@ -13,21 +13,21 @@ const SECONDS: &str = "60";
 /// Hunts the mutants whose names contain these words; all, where there are none.
 pub fn run(words: &[String]) -> Outcome {
     let wanted = words.join(" ");
+    let chosen: Vec<_> = ON_THREADS
+        .into_iter()
+        .filter(|name| name.contains(&wanted))
+        .collect();
+    if !chosen.is_empty() {
+        on_threads(&chosen)?;
+    }
     let status = cargo("run", "coblock-reliability")
         .args(["--", "mutants"])
         .arg(&wanted)
         .status()
         .map_err(|e| format!("cargo: {e}"))?;
-    if !status.success() {
-        return Err(format!("mutants: {status}"));
-    }
-    let chosen: Vec<_> = ON_THREADS
-        .into_iter()
-        .filter(|name| name.contains(&wanted))
-        .collect();
-    match chosen.is_empty() {
+    match status.success() {
         true => Ok(()),
-        false => on_threads(&chosen),
+        false => Err(format!("mutants: {status}")),
     }
 }
 

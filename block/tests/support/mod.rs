@@ -16,6 +16,7 @@ use coblock_block::{
 };
 use coblock_coroutine::Co;
 use std::cell::RefCell;
+use std::io::Write as _;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -146,7 +147,11 @@ pub fn engines() -> Vec<EngineKind> {
             home.close();
             engines.push(EngineKind::IoUring);
         }
-        Err(error) => println!("SKIPPED: io_uring is not to be had here: {error}"),
+        Err(error) => writeln!(
+            std::io::stderr(),
+            "SKIPPED: io_uring is not to be had here: {error}"
+        )
+        .expect("standard error"),
     }
     engines
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   this process                          the victim: the same program
-//!     makes an image, starts it   ------>   opens it, io_uring, eight coroutines that write
+//!     makes an image, starts it   ------>   opens it, eight coroutines that write
 //!     reads its lines             <------   "b offset len" before a write, "e number" behind it;
 //!                                           "f" before a flush, "g number" behind it
 //!     SIGKILL after so many lines ------>   .
@@ -84,8 +84,8 @@ fn run(plan: &Plan, report: &mut Report) {
     }
     report.count(Figure::Kills, kills);
     report.say(format!(
-        "{kills} processes killed through {:?}, after {ended} flushes that had ended",
-        session::engine()
+        "{kills} processes killed through {:?} in turn, after {ended} flushes that had ended",
+        session::engines()
     ));
 }
 
@@ -194,7 +194,9 @@ pub fn victim(words: &[String]) -> Result<bool, String> {
     };
     let seed: u64 = seed.parse().map_err(|e| format!("{seed}: {e}"))?;
     let setting = setting(seed);
-    let session = Session::new(session::engine());
+    let engines = session::engines();
+    let nth = usize::try_from(seed).expect("small") % engines.len();
+    let session = Session::new(engines[nth]);
     let backend = session
         .open(session::image("qcow2", Path::new(path), false), &DenyAll)
         .map_err(|e| e.to_string())?;

@@ -182,6 +182,13 @@ fn reliability(words: &[String]) -> Result<bool, String> {
             "left out, because it takes minutes: the part mutants; `cargo xtask mutants` runs it"
         );
     }
+    let short = match names.is_empty() && plan.scale > Scale::Tenth {
+        true => run::shortfalls(&done),
+        false => Vec::new(),
+    };
+    for short in &short {
+        println!("FAILED {short}");
+    }
     println!("{}", run::summary(&done));
     if let Some(path) = json {
         run::write(&path, &run::to_json(&done))?;
@@ -189,5 +196,5 @@ fn reliability(words: &[String]) -> Result<bool, String> {
     if let Some(path) = docs {
         run::write(&path, &run::to_markdown(&done, plan.scale))?;
     }
-    Ok(run::failures(&done) == 0)
+    Ok(run::failures(&done) == 0 && short.is_empty())
 }

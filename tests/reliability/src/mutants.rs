@@ -185,6 +185,9 @@ pub fn run(wanted: &str) -> Result<bool, String> {
     }
     let (caught_by_tests, tried) = named::run(wanted)?;
     let (caught, all) = (caught + caught_by_tests, chosen.len() + tried);
+    if all == 0 {
+        return Err(format!("no mutant has '{wanted}' in its name"));
+    }
     println!("{caught} of {all} mutants caught");
     Ok(caught == all)
 }

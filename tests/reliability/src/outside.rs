@@ -31,19 +31,31 @@ const COMPARED: &str = " scripts compared";
 /// The end of the last line of `cargo xtask mutants`.
 const CAUGHT: &str = " mutants caught";
 
-fn scripts(_: &Plan, report: &mut Report) {
+fn scripts(plan: &Plan, report: &mut Report) {
+    let wanted: u64 = plan.scale.pick(20, 200, 50_000);
+    let mut skipped = false;
+    let mut compared = 0;
     // The whole workspace, as in CI's `cargo test`: nothing is then built with other features.
     let words = "test --quiet --workspace --test io_scripts -- --nocapture";
-    let ended = cargo(words, |line| {
+    let many = ("COBLOCK_TEST_SCRIPTS", wanted.to_string());
+    let ended = cargo(words, Some(many), |line| {
         // The harness may have begun the line with its own words.
         let number = line.strip_suffix(COMPARED);
         let number = number.and_then(|text| text.split(' ').next_back());
-        match number.and_then(|number| number.parse().ok()) {
-            Some(number) => report.count(Figure::Scripts, number),
-            None if line.contains("SKIPPED") => report.say(line),
+        match number.and_then(|number| number.parse::<u64>().ok()) {
+            Some(number) => compared += number,
+            None if line.contains("SKIPPED") => {
+                skipped = true;
+                report.say(line);
+            }
             None => {}
         }
     });
+    report.count(Figure::Scripts, compared);
+    let ended = match ended {
+        Ok(()) if compared < wanted && !skipped => Err(format!("only {compared} of {wanted}")),
+        ended => ended,
+    };
     if let Err(why) = ended {
         report.fail(&format!("cargo {words}"), &why);
     }
@@ -53,7 +65,7 @@ fn mutants(_: &Plan, report: &mut Report) {
     let words = "xtask mutants";
     let mut survivors = Vec::new();
     let mut whole = false;
-    let ended = cargo(words, |line| {
+    let ended = cargo(words, None, |line| {
         if line.contains(": SURVIVED, ") {
             survivors.push(line.to_string());
         }
@@ -79,14 +91,15 @@ fn caught(line: &str) -> Option<(u64, u64)> {
     Some((caught.parse().ok()?, all.parse().ok()?))
 }
 
-/// Runs cargo in the workspace, and passes what it prints to `hear` and on to our own output.
+/// Runs cargo in the workspace, with a variable more, and passes what it prints to `hear` and on to our own output.
 ///
 /// # Errors
 /// It cannot be started, or ends without success.
-fn cargo(words: &str, mut hear: impl FnMut(&str)) -> Verdict {
+fn cargo(words: &str, env: Option<(&str, String)>, mut hear: impl FnMut(&str)) -> Verdict {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let mut child = Command::new("cargo")
         .args(words.split(' '))
+        .envs(env)
         .current_dir(folder)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -73,7 +73,7 @@ pub fn judge_script(script: &Script) -> Verdict<Counted> {
 }
 
 fn run(plan: &Plan, report: &mut Report) {
-    let seeds = plan.scale.pick(8, 160, 20_000);
+    let seeds = plan.scale.pick(8, 192, 20_000);
     let mut items: Vec<(String, Script)> = super::scripts::all();
     let replay = |seed| format!("cargo xtask reliability --power-cuts-of {seed}");
     items.extend((0..seeds).map(|seed| (replay(seed), workload(seed))));

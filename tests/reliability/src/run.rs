@@ -70,6 +70,27 @@ pub fn failures(done: &[Done]) -> u64 {
     done.iter().map(|d| d.report.failures.len() as u64).sum()
 }
 
+/// What a run of all parts has to come to, where it is not `--tenth`; scripts look after themselves,
+/// since they need the reference.
+const LEAST: [(Figure, u64); 4] = [
+    (Figure::States, 100_000),
+    (Figure::Runs, 30_000),
+    (Figure::Seeds, 2_000),
+    (Figure::Kills, 200),
+];
+
+/// Which figures are too small for what was promised.
+pub fn shortfalls(done: &[Done]) -> Vec<String> {
+    let short = LEAST
+        .iter()
+        .filter(|(figure, least)| total(done, *figure) < *least);
+    let say = |(figure, least): &(Figure, u64)| {
+        let (made, name) = (total(done, *figure), figure.name());
+        format!("only {made} {name}; {least} were promised")
+    };
+    short.map(say).collect()
+}
+
 /// One line with everything.
 pub fn summary(done: &[Done]) -> String {
     let mut words: Vec<String> = Figure::ALL
@@ -175,6 +196,8 @@ mod tests {
             quick: true,
         };
         let done = run(&[PART, PART, broken], &plan);
+        assert_eq!(shortfalls(&done).len(), 4);
+        assert_eq!(shortfalls(&done)[0], "only 14 states; 100000 were promised");
         let json: Value = serde_json::from_str(&to_json(&done)).unwrap();
         assert_eq!(
             (&json["states"], &json["failures"]),
