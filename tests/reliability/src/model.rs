@@ -21,7 +21,7 @@
 //! ```
 //!
 //! Reads bind later reads, too: who has seen 2 at (x) shall not see 2, 1 and 2 again. So each unit is
-//! a linearizable register; [`order`] has the rule.
+//! a linearizable register; `model/order.rs` has the rule.
 //!
 //! Log positions tie this to a power cut: the simulated file counts what was sent to it, and every
 //! event here notes that count.
