@@ -98,9 +98,8 @@ impl Gate {
 
     /// Lets all go on that wait. Each is counted before it is woken.
     fn open(&mut self, resuming: &AtomicU32, woken: &mut Vec<WakeHandle>) {
-        let next = |queue: &mut BTreeMap<u64, Queued>| match mutant!(
-            "who was held back last goes on first"
-        ) {
+        let reversed = mutant!("who was held back last goes on first");
+        let next = |queue: &mut BTreeMap<u64, Queued>| match reversed {
             true => queue.pop_last(),
             false => queue.pop_first(),
         };
