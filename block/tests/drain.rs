@@ -1,20 +1,19 @@
-//! Drained sections (rules 5.1 to 5.11), one context or several stepped by hand.
+//! Drained sections (rules 5.1 to 5.5, 5.10 and 5.11), one context or several stepped by hand: whom they
+//! reach, when they begin, how they nest.
 
 mod support;
 
-use coblock_aio::{Clock, ContextOptions, EngineKind, Home};
+use coblock_aio::{ContextOptions, EngineKind, Home};
 use coblock_block::drivers::sim::{Match, SimDisk};
-use coblock_block::{
-    BlockBackend, Device, Drain, ErrorKind, Node, Options, RequestFlags, RequestKind,
-};
-use coblock_coroutine::{Co, ThreadLock};
+use coblock_block::{BlockBackend, Device, Drain, Node, Options, RequestFlags, RequestKind};
+use coblock_coroutine::ThreadLock;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use support::counted::{Calls, OpenCounted};
-use support::{PLAIN, World, end, settle, sim, sim_world, start};
+use support::{PLAIN, World, end, read_sector, settle, sim, sim_world, start};
 
 /// `top` over `mid` over `disk`, with a backend on `top`.
 struct Chain {
@@ -66,17 +65,13 @@ impl Chain {
     }
 }
 
-fn read(co: &Co, backend: &BlockBackend) -> coblock_block::Result<()> {
-    backend.pread(co, 0, &mut [0; 512][..])
-}
-
 /// Rule 5.1: a section reaches all parents, not the children, and begins when what was in flight
 /// has ended.
 #[test]
 fn rule_5_1_a_section_reaches_upward_and_waits_once() {
     let chain = chain();
     let hold = Rc::new(RefCell::new(Some(chain.sim.hold(Match::reads()))));
-    let ended = start(&chain.world, &chain.backend, read);
+    let ended = start(&chain.world, &chain.backend, read_sector);
     let begun = Rc::new(Cell::new(false));
     chain.world.home.spawn("drainer", {
         let (mid, ended, begun) = (chain.mid.clone(), ended.clone(), begun.clone());
@@ -104,7 +99,7 @@ fn rule_5_1_the_main_home_polls_until_nothing_is_in_flight() {
     let chain = chain();
     for all in [false, true] {
         chain.sim.delay(7, Duration::from_millis(5));
-        let ended = start(&chain.world, &chain.backend, read);
+        let ended = start(&chain.world, &chain.backend, read_sector);
         assert!(ended.borrow().is_none());
         chain.world.home.with(|| {
             let _section = if all {
@@ -180,7 +175,7 @@ fn rule_5_3_nodes_come_and_go_in_a_section_of_all() {
         ([0; 3], 0)
     );
     assert!(!inside.is_quiesced());
-    chain.world.run(|co| read(co, &inside)).unwrap();
+    chain.world.run(|co| read_sector(co, &inside)).unwrap();
     chain.world.close(inside).unwrap();
     chain.end();
 }
@@ -193,9 +188,9 @@ fn rule_5_3_the_owner_of_a_section_does_requests() {
     chain.backend.set_request_queueing(false);
     chain.world.run(|co| {
         let section = chain.mid.drain(co);
-        read(co, &chain.backend).unwrap();
+        read_sector(co, &chain.backend).unwrap();
         let own = chain.disk.drain(co);
-        read(co, &chain.backend).unwrap();
+        read_sector(co, &chain.backend).unwrap();
         drop(section);
         assert_eq!(chain.sections(), [1, 1, 1]);
         drop(own);
@@ -245,71 +240,6 @@ fn rule_5_4_edges_remember_whom_they_quiesced() {
     chain.end();
 }
 
-/// Rule 5.5: requests wait in order, are not in flight meanwhile, and go on when the last section
-/// has ended.
-#[test]
-fn rule_5_5_requests_queue_in_order() {
-    let disk = SimDisk::new(64 << 10);
-    let (world, backend) = sim_world(&disk, &[]);
-    let sections = world
-        .home
-        .with(|| (backend.drain_blocking(), backend.node().drain_blocking()));
-    let order = Rc::new(RefCell::new(Vec::new()));
-    for n in 0..5u64 {
-        let order = order.clone();
-        start(&world, &backend, move |co, backend| {
-            backend.pwrite(co, n * 512, &[1; 512][..], PLAIN)?;
-            order.borrow_mut().push(n);
-            Ok(())
-        });
-    }
-    settle(&world);
-    assert_eq!((backend.queued(), backend.in_flight()), (5, 0));
-    drop(sections.0);
-    settle(&world);
-    assert_eq!(backend.queued(), 5, "one section is left");
-    drop(sections.1);
-    settle(&world);
-    assert_eq!(*order.borrow(), [0, 1, 2, 3, 4]);
-    end(world, backend);
-}
-
-/// Rule 5.5: a request that may go on is counted before it is woken: a section that begins before
-/// it ran waits for it.
-#[test]
-fn rule_5_5_a_woken_request_is_counted_before_it_runs() {
-    let disk = SimDisk::new(64 << 10);
-    let (world, backend) = sim_world(&disk, &[]);
-    let other = Home::new(ContextOptions {
-        engine: EngineKind::None,
-        clock: Clock::Virtual(world.clock.clone().unwrap()),
-        ..ContextOptions::named("other")
-    })
-    .unwrap();
-    let section = world.home.with(|| backend.drain_blocking());
-    let done = Rc::new(Cell::new(false));
-    other.spawn("request", {
-        let (backend, done) = (backend.clone(), done.clone());
-        move |co| {
-            read(co, &backend).unwrap();
-            done.set(true);
-        }
-    });
-    assert_eq!(backend.queued(), 1);
-    drop(section);
-    assert!(!done.get(), "its context was not polled");
-    let late = world
-        .home
-        .with(|| backend.drain_blocking_within(Duration::from_secs(1)));
-    let busy = late.unwrap_err().busy;
-    assert_eq!((busy.len(), busy[0].otherwise), (1, true), "{busy:?}");
-    other.poll(false);
-    assert!(done.get());
-    drop(world.home.with(|| backend.drain_blocking()));
-    end(world, backend);
-    other.close();
-}
-
 /// Rule 5.5: the user is told of the first begin and the last end, and may be busy with what is no
 /// request.
 #[test]
@@ -351,183 +281,6 @@ fn rule_5_5_a_device_is_told() {
     assert_eq!(*device.calls.lock(), ["begin", "end"]);
     chain.backend.set_device(None);
     chain.end();
-}
-
-/// Rule 5.6: who does not queue is not held back, and turning that off lets those go on that wait.
-#[test]
-fn rule_5_6_queueing_is_off_for_some_users() {
-    let disk = SimDisk::new(4096);
-    let (world, backend) = sim_world(&disk, &[]);
-    let section = world.home.with(|| backend.drain_blocking());
-    let ended = start(&world, &backend, read);
-    settle(&world);
-    assert!(ended.borrow().is_none());
-    backend.set_request_queueing(false);
-    settle(&world);
-    assert!(matches!(*ended.borrow(), Some(Ok(()))));
-    world.run(|co| read(co, &backend)).unwrap();
-    drop(section);
-    end(world, backend);
-}
-
-/// Rule 5.6: an operation made of several requests: the device's own section waits for its end, a
-/// node's section holds its next request back.
-#[test]
-fn rule_5_6_operations_of_several_requests() {
-    let disk = SimDisk::new(4096);
-    let (world, backend) = sim_world(&disk, &[]);
-    let step = Rc::new(Cell::new(0));
-    let go_on = Arc::new(AtomicBool::new(false));
-    world.home.spawn("operation", {
-        let (backend, step, go_on) = (backend.clone(), step.clone(), go_on.clone());
-        move |co| {
-            let operation = backend.operation();
-            read(co, &backend).unwrap();
-            step.set(1);
-            while !go_on.load(Ordering::Relaxed) {
-                coblock_aio::co::reschedule(co);
-            }
-            read(co, &backend).unwrap();
-            step.set(2);
-            drop(operation);
-        }
-    });
-    assert_eq!(step.get(), 1);
-    let late = world
-        .home
-        .with(|| backend.drain_blocking_within(Duration::ZERO));
-    assert!(late.unwrap_err().busy[0].otherwise);
-    let section = world.home.with(|| backend.node().drain_blocking());
-    go_on.store(true, Ordering::Relaxed);
-    settle(&world);
-    assert_eq!(
-        (step.get(), backend.queued()),
-        (1, 1),
-        "held back in the middle"
-    );
-    drop(section);
-    settle(&world);
-    assert_eq!(step.get(), 2);
-    drop(world.home.with(|| backend.drain_blocking()));
-    end(world, backend);
-}
-
-/// Rule 5.7: a request with a callback is waited for until the callback returned.
-#[test]
-fn rule_5_7_a_section_waits_for_callbacks() {
-    let disk = SimDisk::new(4096);
-    let (world, backend) = sim_world(&disk, &[]);
-    let called = Arc::new(AtomicBool::new(false));
-    world.home.with(|| {
-        let told = called.clone();
-        backend
-            .aio_pread(0, vec![0; 512], move |result, _| {
-                result.unwrap();
-                told.store(true, Ordering::Relaxed);
-            })
-            .unwrap();
-        let _section = backend.drain_blocking();
-        assert!(called.load(Ordering::Relaxed));
-    });
-    end(world, backend);
-}
-
-/// Rules 5.5, 5.7: requests with callbacks and copies between backends are held back, too.
-#[test]
-fn rule_5_5_callbacks_and_copies_are_held_back() {
-    let (from_disk, to_disk) = (SimDisk::with_contents(&[7; 4096]), SimDisk::new(4096));
-    let (world, from) = sim_world(&from_disk, &[]);
-    let to = Arc::new(world.open(sim(&to_disk)).unwrap());
-    let done = Arc::new(AtomicU32::new(0));
-    for drained in [&from, &to] {
-        let section = world.home.with(|| drained.drain_blocking());
-        let ended = start(&world, &from, {
-            let to = to.clone();
-            move |co, from| from.copy_range(co, 0, &to, 0, 4096)
-        });
-        world.home.with(|| {
-            let done = done.clone();
-            let told = move |result: coblock_block::Result<()>| {
-                result.unwrap();
-                done.fetch_add(1, Ordering::Relaxed);
-            };
-            from.aio_copy_range(0, &to, 0, 4096, told).unwrap();
-        });
-        settle(&world);
-        assert!(ended.borrow().is_none());
-        assert_eq!((from.in_flight(), to.in_flight()), (0, 0));
-        drop(section);
-        settle(&world);
-        assert!(matches!(*ended.borrow(), Some(Ok(()))));
-    }
-    assert_eq!(done.load(Ordering::Relaxed), 2);
-    assert_eq!(to_disk.contents(), [7; 4096]);
-    world.run(|co| to.close(co)).unwrap();
-    drop(to);
-    end(world, from);
-}
-
-/// Rule 5.9: a device with a thread of its own stops it, keeps where it was in its queue, and goes
-/// on from there with the guest's next notification.
-#[test]
-fn rule_5_9_threads_of_devices_stop() {
-    struct Queue {
-        /// Position in the guest's queue, kept over sections.
-        position: AtomicU32,
-        running: ThreadLock<Option<std::thread::JoinHandle<()>>>,
-        stop: AtomicBool,
-    }
-    impl Device for Queue {
-        fn drain_threads(&self) {
-            self.stop.store(true, Ordering::Relaxed);
-            let thread = self.running.lock().take();
-            if let Some(thread) = thread {
-                thread.join().unwrap();
-            }
-        }
-    }
-    fn notify(device: &Arc<Queue>, backend: &Arc<BlockBackend>) {
-        device.stop.store(false, Ordering::Relaxed);
-        let (queue, backend) = (device.clone(), backend.clone());
-        let thread = std::thread::spawn(move || {
-            let home = Home::new(ContextOptions {
-                engine: EngineKind::None,
-                ..ContextOptions::named("vring")
-            })
-            .unwrap();
-            while !queue.stop.load(Ordering::Relaxed) {
-                home.run(|co| read(co, &backend)).unwrap();
-                queue.position.fetch_add(1, Ordering::Relaxed);
-            }
-            home.close();
-        });
-        *device.running.lock() = Some(thread);
-    }
-    let world = World::with_engine(EngineKind::None);
-    let options = Options::new().with("driver", "null-co");
-    let backend = Arc::new(world.open(options).unwrap());
-    // Its requests are not held back: only stopping the thread stops them.
-    backend.set_request_queueing(false);
-    let device = Arc::new(Queue {
-        position: AtomicU32::new(0),
-        running: ThreadLock::new(None),
-        stop: AtomicBool::new(true),
-    });
-    backend.set_device(Some(device.clone()));
-    let mut before = 0;
-    for _ in 0..3 {
-        notify(&device, &backend);
-        while device.position.load(Ordering::Relaxed) < before + 10 {
-            std::thread::yield_now();
-        }
-        let section = world.home.with(|| world.graph.drain_blocking());
-        assert!(device.running.lock().is_none());
-        assert_eq!(backend.in_flight(), 0);
-        before = device.position.load(Ordering::Relaxed);
-        drop(section);
-    }
-    backend.set_device(None);
-    end(world, backend);
 }
 
 /// Rule 5.10: what has started ends, also where it waits for another: completions are never held
@@ -676,21 +429,4 @@ fn a_section_that_takes_too_long_tells_who_is_busy() {
     settle(&chain.world);
     assert!(matches!(*ended.borrow(), Some(Ok(()))));
     chain.end();
-}
-
-/// A backend that is closed in a section lets those go that wait, with an error.
-#[test]
-fn closing_in_a_section_ends_who_waits() {
-    let disk = SimDisk::new(4096);
-    let (world, backend) = sim_world(&disk, &[]);
-    let section = world.home.with(|| backend.drain_blocking());
-    let ended = start(&world, &backend, read);
-    settle(&world);
-    assert!(ended.borrow().is_none());
-    world.run(|co| backend.close(co)).unwrap();
-    let error = ended.borrow_mut().take().unwrap().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Closed);
-    drop(section);
-    drop(backend);
-    world.end();
 }

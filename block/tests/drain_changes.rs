@@ -3,9 +3,9 @@
 
 mod support;
 
-use coblock_aio::{ContextOptions, EngineKind, IoThread};
+use coblock_aio::EngineKind;
 use coblock_block::drivers::sim::{Match, SimDisk};
-use coblock_block::{BlockBackend, Drain, Drained, ErrorKind, Options, Transaction};
+use coblock_block::{BlockBackend, Drain, Drained, ErrorKind, Transaction};
 use coblock_coroutine::Co;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use support::change::{disk, filter, world};
-use support::{PLAIN, World, end, settle, sim_world, start};
+use support::load::io_thread;
+use support::{PLAIN, World, end, null, read_sector, settle, sim_world, start};
 
 /// Of all nodes, or of one; begun in a coroutine, or outside.
 const WAYS: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
@@ -34,15 +35,14 @@ fn read_then(
     then: impl FnOnce(&Co, &BlockBackend) + 'static,
 ) {
     start(world, backend, move |co, backend| {
-        backend.pread(co, 0, &mut [0; 512][..])?;
+        read_sector(co, backend)?;
         then(co, backend);
         Ok(())
     });
 }
 
 fn read(world: &World, backend: &BlockBackend) {
-    let mut buf = [0; 512];
-    world.run(|co| backend.pread(co, 0, &mut buf[..])).unwrap();
+    world.run(|co| read_sector(co, backend)).unwrap();
 }
 
 /// Rules 5.1, 5.3: a section of one node tells its driver, one of all tells each, once; it begins
@@ -257,15 +257,8 @@ fn rule_5_4_what_was_held_back_reaches_the_new_node() {
 #[test]
 fn rule_5_1_requests_of_another_thread_are_waited_for() {
     let world = World::with_engine(EngineKind::None);
-    let thread = IoThread::new(ContextOptions {
-        engine: EngineKind::None,
-        ..ContextOptions::named("io")
-    })
-    .unwrap();
-    let options = Options::new()
-        .with("driver", "null-co")
-        .with("latency-ns", "200000");
-    let backend = Arc::new(world.open(options).unwrap());
+    let thread = io_thread("io", EngineKind::None);
+    let backend = null(&world, 200_000);
     let over = Arc::new(AtomicUsize::new(0));
     // In flight until its callback has returned, so that there is nothing to be seen in between.
     let request = || {

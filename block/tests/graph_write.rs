@@ -1,13 +1,15 @@
 //! Rules 7.5, 7.6 and 7.8 from outside: the graph is locked for writing while requests come from
-//! several threads.
+//! several threads, and is read in the main home.
 
 mod support;
 
-use coblock_aio::{ContextOptions, EngineKind, Home, IoThread};
-use coblock_block::{BlockBackend, Graph, Options};
+use coblock_aio::{ContextOptions, EngineKind, Home};
+use coblock_block::Graph;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use support::{PLAIN, World};
+use support::change::{disk, world};
+use support::load::Load;
+use support::{PLAIN, World, null, panics};
 
 /// Rule 7.6: what readers of the main context waited for has been done when the section has ended.
 #[test]
@@ -48,8 +50,7 @@ fn rule_7_5_another_context_does_not_write() {
 #[test]
 fn rule_7_5_no_request_comes_while_a_writer_waits() {
     let world = World::simulated();
-    let options = Options::new().with("driver", "null-co");
-    let backend = Arc::new(world.open(options).unwrap());
+    let backend = null(&world, 0);
     let drained = Arc::new(AtomicBool::new(false));
     world.home.spawn("reader", {
         let (backend, drained) = (backend.clone(), drained.clone());
@@ -66,64 +67,32 @@ fn rule_7_5_no_request_comes_while_a_writer_waits() {
     support::end(world, backend);
 }
 
-/// Lets the threads go, also when the test fails.
-struct Stop(Arc<AtomicBool>);
-
-impl Drop for Stop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Rules 7.2, 7.5: three threads send requests without a pause while the main home writes again
 /// and again; every request succeeds, and no write waits for ever.
 #[test]
 fn rule_7_5_writers_against_endless_readers() {
     let world = World::with_engine(EngineKind::None);
-    let options = Options::new().with("driver", "null-co");
-    let backend: Arc<BlockBackend> = Arc::new(world.open(options).unwrap());
-    let (stop, requests) = (
-        Arc::new(AtomicBool::new(false)),
-        Arc::new(AtomicU64::new(0)),
-    );
-    let threads: Vec<IoThread> = (0..3)
-        .map(|n| {
-            IoThread::new(ContextOptions {
-                engine: EngineKind::None,
-                ..ContextOptions::named(format!("queue {n}"))
-            })
-            .unwrap()
-        })
-        .collect();
-    let left = Arc::new(AtomicU64::new(6));
+    let backend = null(&world, 0);
+    let load = Load::new(3, EngineKind::None);
     let (writing, met) = (
         Arc::new(AtomicBool::new(false)),
         Arc::new(AtomicU64::new(0)),
     );
     for (n, offset) in [0, 4096, 8192, 0, 4096, 8192].into_iter().enumerate() {
-        let (backend, stop, requests) = (backend.clone(), stop.clone(), requests.clone());
-        let (left, seen, met) = (left.clone(), writing.clone(), met.clone());
-        let body = move |co: &coblock_coroutine::Co| {
-            while !stop.load(Ordering::Relaxed) {
-                let mut buf = [0; 512];
-                backend.pread(co, offset, &mut buf[..]).unwrap();
-                backend.pwrite(co, offset, &buf[..], PLAIN).unwrap();
-                let guard = backend.graph().read(co);
-                if seen.load(Ordering::SeqCst) {
-                    met.fetch_add(1, Ordering::Relaxed);
-                }
-                drop(guard);
-                requests.fetch_add(2, Ordering::Relaxed);
-                coblock_aio::co::reschedule(co);
+        let (backend, seen, met) = (backend.clone(), writing.clone(), met.clone());
+        load.start(n, move |co, _| {
+            let mut buf = [0; 512];
+            backend.pread(co, offset, &mut buf[..]).unwrap();
+            backend.pwrite(co, offset, &buf[..], PLAIN).unwrap();
+            let guard = backend.graph().read(co);
+            if seen.load(Ordering::SeqCst) {
+                met.fetch_add(1, Ordering::Relaxed);
             }
-            left.fetch_sub(1, Ordering::Release);
-        };
-        let context = threads[n % 3].context();
-        context.spawn("queue", body).unwrap();
+            drop(guard);
+        });
     }
-    let stopping = Stop(stop);
     let mut writes = 0;
-    while writes < 50 || requests.load(Ordering::Relaxed) < 1000 {
+    while !load.has_failed() && (writes < 50 || load.rounds() < 500) {
         world.home.with(|| {
             let written = world.graph.write();
             writing.store(true, Ordering::SeqCst);
@@ -134,14 +103,59 @@ fn rule_7_5_writers_against_endless_readers() {
         writes += 1;
         std::thread::yield_now();
     }
-    drop(stopping);
-    while left.load(Ordering::Acquire) > 0 {
-        std::thread::yield_now();
-    }
-    for thread in threads {
-        thread.stop();
-    }
+    load.end(&world);
     let met = met.load(Ordering::Relaxed);
     assert_eq!(met, 0, "readers beside the writer");
     support::end(world, backend);
+}
+
+/// Rule 7.8: the main home reads without counting, and neither polls nor lets a writer in meanwhile.
+#[test]
+fn rule_7_8_the_main_home_reads_without_counting() {
+    let world = world();
+    let (_, backend) = disk(&world, "disk");
+    let names = world.home.with(|| {
+        world.graph.read_in_main(|main| {
+            assert_eq!(world.graph.readers(), 0);
+            world.graph.dump(main).nodes.len()
+        })
+    });
+    assert_eq!(names, 1);
+    support::end(world, backend);
+}
+
+/// Rules 7.8, 7.7: misuse is refused, with both places named.
+#[test]
+fn rule_7_8_polls_and_writers_are_refused_meanwhile() {
+    let world = world();
+    let refused = |f: &dyn Fn()| panics(|| world.home.with(f));
+    let graph = &world.graph;
+    let here = file!();
+    let poll = refused(&|| {
+        graph.read_in_main(|_| world.home.poll(false));
+    });
+    assert!(poll.contains("rule 7.8") && poll.contains(here), "{poll}");
+    let write = refused(&|| graph.read_in_main(|_| drop(graph.write())));
+    let words = "rule 7.8: the graph is locked for writing at ";
+    assert!(
+        write.contains(words) && write.matches(here).count() == 2,
+        "{write}"
+    );
+    let read = refused(&|| {
+        let _write = graph.write();
+        graph.read_in_main(|_| ());
+    });
+    assert_eq!(read.matches(here).count(), 2, "{read}");
+    let under_write = refused(&|| {
+        let _write = graph.write();
+        world.home.poll(false);
+    });
+    assert!(under_write.contains("rule 7.5"), "{under_write}");
+    let in_coroutine = panics(|| {
+        world.run(|_| world.graph.read_in_main(|_| ()));
+    });
+    assert!(in_coroutine.contains("in a coroutine"), "{in_coroutine}");
+    // All of it has been let go.
+    world.home.with(|| drop(world.graph.write()));
+    world.end();
 }

@@ -1,31 +1,23 @@
-//! Nodes move to another home context (rule 8.3), and what that has to do with contexts (rules 3.8 to
-//! 3.10).
+//! Nodes move to another home context (rule 8.3), and what that has to do with contexts (rule 3.10):
+//! several contexts, stepped by hand.
 
 mod support;
 
-use coblock_aio::{AioContext, ContextOptions, EngineKind, Home, IoThread, move_to};
-use coblock_block::drivers::sim::{Fault, Match, SimDisk};
+use coblock_aio::{AioContext, ContextOptions, Home};
+use coblock_block::drivers::sim::SimDisk;
 use coblock_block::throttle::{ThrottleConfig, ThrottleGroup};
 use coblock_block::{
     Action, BlockBackend, Device, Drain, Error, ErrorKind, GraphWrite, Options, Result, Transaction,
 };
 use coblock_coroutine::{Co, ThreadLock};
 use std::cell::RefCell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use support::change::filter_options;
 use support::contexts::Contexts;
 use support::counted::Calls;
-use support::{PLAIN, World, pattern, sim};
-
-fn filter(name: &str, file: &str, calls: &Arc<Calls>) -> Options {
-    Options::new()
-        .with("driver", "counted")
-        .with("node-name", name)
-        .with("file", file)
-        .with_object("calls", calls.clone())
-}
+use support::{PLAIN, sim};
 
 fn named(name: &str) -> Options {
     sim(&SimDisk::new(64 << 10)).with("node-name", name)
@@ -49,8 +41,12 @@ fn shared() -> Shared {
     let contexts = Contexts::new(1, &["main", "io", "other"]);
     let base = contexts.open(named("base")).unwrap();
     let calls = [Arc::new(Calls::default()), Arc::new(Calls::default())];
-    let a = contexts.open(filter("a", "base", &calls[0])).unwrap();
-    let b = contexts.open(filter("b", "base", &calls[1])).unwrap();
+    let a = contexts
+        .open(filter_options("a", "base", &calls[0]))
+        .unwrap();
+    let b = contexts
+        .open(filter_options("b", "base", &calls[1]))
+        .unwrap();
     let beside = contexts.open(named("beside")).unwrap();
     contexts.run(0, |co| base.close(co)).unwrap();
     Shared {
@@ -120,9 +116,9 @@ fn rule_8_3_a_diamond_moves_once() {
     let calls: [Arc<Calls>; 3] = Default::default();
     let reads = |options: Options| contexts.open_node(options.with("read-only", "on")).unwrap();
     let base = reads(named("base"));
-    let left = reads(filter("left", "base", &calls[0]));
-    let right = reads(filter("right", "base", &calls[1]));
-    let top = reads(filter("top", "left", &calls[2]).with("beside", "right"));
+    let left = reads(filter_options("left", "base", &calls[0]));
+    let right = reads(filter_options("right", "base", &calls[1]));
+    let top = reads(filter_options("top", "left", &calls[2]).with("beside", "right"));
     let backend = Arc::new(BlockBackend::new(&contexts.graph, top));
     drop((base, left, right));
     for (home, name) in [(1, "io"), (0, "main")] {
@@ -410,11 +406,13 @@ fn rule_8_3_new_nodes_go_where_theirs_live() {
     let io = contexts.context(1).clone();
     contexts.run(0, |co| disk.move_to(co, &io)).unwrap();
     let calls = Arc::new(Calls::default());
-    let above = contexts.open_node(filter("above", "disk", &calls)).unwrap();
+    let above = contexts
+        .open_node(filter_options("above", "disk", &calls))
+        .unwrap();
     assert_eq!(above.home_context().name(), "io");
     assert_eq!(calls.notes(), "begin main, detach main, attach io, end io");
     contexts.close_node(above);
-    let both = filter("both", "disk", &calls).with("beside", "stays");
+    let both = filter_options("both", "disk", &calls).with("beside", "stays");
     let error = contexts.open_node(both).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
     assert!(
@@ -428,70 +426,6 @@ fn rule_8_3_new_nodes_go_where_theirs_live() {
     contexts.run(0, |co| disk.close(co)).unwrap();
     // A closed node lives nowhere: its context may end.
     contexts.end(vec![disk, stays]);
-}
-
-/// Rules 3.3, 8.3: a context does not end with a node in it; the refusal names the node and where it
-/// was moved. After that nothing moves away from it, or to it.
-#[test]
-fn rule_8_3_a_context_ends_without_nodes() {
-    let world = World::with_engine(EngineKind::Threads);
-    let backend = world.open(named("disk")).unwrap();
-    let thread = IoThread::new(ContextOptions {
-        engine: EngineKind::None,
-        ..ContextOptions::named("io")
-    })
-    .unwrap();
-    let context = thread.context().clone();
-    world.home.with(|| {
-        let mut transaction = Transaction::new(&world.graph);
-        backend.allow_moves(true);
-        transaction.move_to(&backend.node(), &context);
-        transaction.run_blocking().unwrap();
-    });
-    let line = line!() - 3;
-    let refused = catch_unwind(AssertUnwindSafe(|| thread.stop())).unwrap_err();
-    let refused = *refused.downcast::<String>().unwrap();
-    for words in [
-        "context 'io' closed with live node 'disk', moved at ",
-        &format!("{}:{line}:", file!()),
-        "rule 3.3",
-    ] {
-        assert!(refused.contains(words), "{refused} does not say {words}");
-    }
-    let main = world.home.context().clone();
-    let error = world.run(|co| backend.move_to(co, &main)).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
-    assert!(
-        error.to_string().contains("event loop 'io' has ended"),
-        "{error}"
-    );
-    // It reads and is closed as ever.
-    world
-        .run(|co| backend.pread(co, 0, &mut [0; 512][..]))
-        .unwrap();
-    world.close(backend).unwrap();
-    world.end();
-}
-
-/// Rules 3.3, 8.3: a closed node lives nowhere, whoever still holds it: the context that it was in may
-/// end.
-#[test]
-fn rule_8_3_a_context_ends_with_closed_nodes() {
-    let world = World::with_engine(EngineKind::Threads);
-    let backend = world.open(named("disk")).unwrap();
-    let node = backend.node();
-    let thread = IoThread::new(ContextOptions {
-        engine: EngineKind::None,
-        ..ContextOptions::named("io")
-    })
-    .unwrap();
-    let context = thread.context().clone();
-    world.run(|co| backend.move_to(co, &context)).unwrap();
-    world.close(backend).unwrap();
-    assert_eq!(node.home_context().id(), world.home.context().id());
-    thread.stop();
-    drop(node);
-    world.end();
 }
 
 /// Rules 8.2, 8.3, 3.10: a node is resized in its home, where its device is told; who asked goes on in
@@ -523,191 +457,4 @@ fn rule_8_2_a_resize_is_in_the_nodes_context() {
     }
     assert_eq!(contexts.graph.readers(), 0);
     contexts.end(vec![backend]);
-}
-
-fn io_threads(count: usize) -> Vec<IoThread> {
-    let options = |n| ContextOptions {
-        engine: EngineKind::Threads,
-        ..ContextOptions::named(format!("io {n}"))
-    };
-    (0..count)
-        .map(|n| IoThread::new(options(n)).unwrap())
-        .collect()
-}
-
-/// Rule 8.3: requests come from three threads without a pause while a component of two disks with a
-/// common base moves round between four contexts; each reads what it wrote, and none is lost.
-#[test]
-fn rule_8_3_moves_under_load() {
-    let mut world = World::with_engine(EngineKind::Threads);
-    let counted = Box::new(support::counted::OpenCounted);
-    world.registry.register("counted", counted);
-    let path = tempfile::NamedTempFile::new().unwrap();
-    path.as_file().set_len(1 << 20).unwrap();
-    let file = Options::file(path.path().to_str().unwrap()).with("node-name", "base");
-    let base = world.open(file).unwrap();
-    let calls = Arc::new(Calls::default());
-    let disks: Vec<_> = ["a", "b"]
-        .iter()
-        .map(|name| {
-            Arc::new(
-                world
-                    .open(filter(name, "base", &calls_of(name, &calls)))
-                    .unwrap(),
-            )
-        })
-        .collect();
-    world.close(base).unwrap();
-    for disk in &disks {
-        disk.allow_moves(true);
-    }
-    let threads = io_threads(3);
-    let stop = Arc::new(AtomicBool::new(false));
-    let (left, requests) = (Arc::new(AtomicUsize::new(6)), Arc::new(AtomicU64::new(0)));
-    for n in 0..6_usize {
-        let disk = disks[n % 2].clone();
-        let (stop, left, requests) = (stop.clone(), left.clone(), requests.clone());
-        let load = move |co: &Co| {
-            let mut round = 0;
-            while !stop.load(Ordering::Relaxed) {
-                let (wrote, mut read) = (pattern(round, 4096), vec![0; 4096]);
-                let at = (n as u64) << 16;
-                disk.pwrite(co, at, &wrote[..], PLAIN).unwrap();
-                disk.pread(co, at, &mut read[..]).unwrap();
-                assert_eq!(read, wrote);
-                requests.fetch_add(2, Ordering::Relaxed);
-                round += 1;
-            }
-            left.fetch_sub(1, Ordering::Release);
-        };
-        threads[n % 3].context().spawn("load", load).unwrap();
-    }
-    let mut homes: Vec<_> = threads.iter().map(|t| t.context().clone()).collect();
-    homes.push(world.home.context().clone());
-    for round in 0..100 {
-        let before = requests.load(Ordering::Relaxed);
-        let (disk, home) = (&disks[round % 2], &homes[round % 4]);
-        world.run(|co| disk.move_to(co, home)).unwrap();
-        for disk in &disks {
-            assert_eq!(disk.home_context().id(), home.id());
-        }
-        while requests.load(Ordering::Relaxed) == before {
-            world.home.poll(false);
-            std::thread::yield_now();
-        }
-    }
-    stop.store(true, Ordering::Relaxed);
-    while left.load(Ordering::Acquire) > 0 {
-        world.home.poll(false);
-        std::thread::yield_now();
-    }
-    let begun = calls.get();
-    assert!(begun.0 >= 100 && begun.0 == begun.1, "{begun:?}");
-    for disk in disks {
-        world.run(|co| disk.close(co)).unwrap();
-    }
-    for thread in threads {
-        thread.stop();
-    }
-    world.end();
-}
-
-/// Only one of the two notes: they would mix.
-fn calls_of(name: &str, calls: &Arc<Calls>) -> Arc<Calls> {
-    if name == "a" {
-        calls.clone()
-    } else {
-        Arc::default()
-    }
-}
-
-/// Rule 3.10, by the unsafe move: a coroutine goes to the home of a node, does a request there that
-/// fails, comes back and goes on; counts are right in both contexts.
-#[test]
-fn rule_3_10_there_and_back_with_an_error() {
-    let world = World::with_engine(EngineKind::Threads);
-    let disk = SimDisk::new(4096);
-    let backend = Arc::new(world.open(sim(&disk).with("node-name", "disk")).unwrap());
-    let thread = io_threads(1).pop().unwrap();
-    let there = thread.context().clone();
-    world.run(|co| backend.move_to(co, &there)).unwrap();
-    let over = Arc::new(AtomicUsize::new(0));
-    let body = {
-        let (backend, over, here) = (backend.clone(), over.clone(), world.home.context().clone());
-        let (disk, there) = (disk.clone(), there.clone());
-        move |co: &Co| {
-            for round in 0..20 {
-                // SAFETY: the frames of this coroutine hold what is `Send` and `Sync`, no guard, and
-                // no handle of a coroutine; it was spawned from a `Send` closure.
-                unsafe { move_to(co, &there) };
-                assert!(there.is_current());
-                if round % 2 == 0 {
-                    disk.fail(Fault::new(Match::writes(), libc::EIO));
-                }
-                let wrote = backend.pwrite(co, 0, &[1; 512][..], PLAIN);
-                let errno = wrote.map_or_else(|error| error.errno(), |()| 0);
-                assert_eq!(errno, if round % 2 == 0 { libc::EIO } else { 0 });
-                // SAFETY: as above.
-                unsafe { move_to(co, &here) };
-                assert!(here.is_current());
-                let mut data = [0; 512];
-                backend.pread(co, 0, &mut data[..]).unwrap();
-                over.fetch_add(1, Ordering::Relaxed);
-            }
-        }
-    };
-    world.home.context().spawn("there and back", body).unwrap();
-    while over.load(Ordering::Relaxed) < 20 {
-        world.home.poll(true);
-    }
-    world.home.poll(false);
-    assert_eq!((backend.in_flight(), world.graph.readers()), (0, 0));
-    assert_eq!(there.live_coroutines(), 0);
-    support::end_after(world, backend, thread);
-}
-
-/// Rules 3.8, 3.9, 2.4: a request is waited for in its own home and in the main one, wherever its node
-/// lives; its callback runs where it was submitted.
-#[test]
-fn rule_3_8_waiting_while_the_node_lives_elsewhere() {
-    let world = World::with_engine(EngineKind::Threads);
-    let options = Options::new()
-        .with("driver", "null-co")
-        .with("latency-ns", "100000");
-    let backend = Arc::new(world.open(options).unwrap());
-    let threads = io_threads(2);
-    let homes = [
-        threads[0].context().clone(),
-        threads[1].context().clone(),
-        world.home.context().clone(),
-    ];
-    let waited = Arc::new(AtomicUsize::new(0));
-    for round in 0..30 {
-        world
-            .run(|co| backend.move_to(co, &homes[round % 3]))
-            .unwrap();
-        let (inner, submitter) = (backend.clone(), threads[round % 2].context().clone());
-        let (waited_in, called) = (waited.clone(), Arc::new(AtomicBool::new(false)));
-        let body = move || {
-            let (at, told) = (submitter.clone(), called.clone());
-            let done = move |result: Result<()>, _buf| {
-                result.unwrap();
-                assert!(at.is_current() && !coblock_coroutine::in_coroutine());
-                told.store(true, Ordering::Relaxed);
-            };
-            inner.aio_pread(0, vec![0; 512], done).unwrap();
-            inner.wait_idle(&submitter);
-            assert!(called.load(Ordering::Relaxed), "waited for the callback");
-            waited_in.fetch_add(1, Ordering::Release);
-        };
-        threads[round % 2].context().oneshot(body);
-        let context = threads[round % 2].context();
-        while waited.load(Ordering::Acquire) <= round {
-            world.home.with(|| backend.wait_idle(context));
-            world.home.poll(false);
-        }
-    }
-    world.run(|co| backend.move_to(co, &homes[2])).unwrap();
-    drop(threads);
-    support::end(world, backend);
 }

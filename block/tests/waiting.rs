@@ -2,28 +2,21 @@
 
 mod support;
 
-use coblock_aio::{ContextOptions, EngineKind, IoThread};
+use coblock_aio::EngineKind;
 use coblock_block::drivers::sim::{Fault, Match, SimDisk};
-use coblock_block::{ErrorKind, Options, RequestFlags};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use coblock_block::{ErrorKind, RequestFlags};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
-use support::{World, end, sim_world, start};
+use support::load::io_thread;
+use support::{World, end, null, panics, sim_world, start};
 
 /// The main home waits for requests that run, and end, on another thread: well, with an error, and
 /// with nothing done.
 #[test]
 fn rule_3_8_completions_on_another_thread_kick() {
     let world = World::with_engine(EngineKind::Threads);
-    let thread = IoThread::new(ContextOptions {
-        engine: EngineKind::Threads,
-        ..ContextOptions::named("io")
-    })
-    .unwrap();
-    let options = Options::new()
-        .with("driver", "null-co")
-        .with("latency-ns", "200000");
-    let backend = Arc::new(world.open(options).unwrap());
+    let thread = io_thread("io", EngineKind::Threads);
+    let backend = null(&world, 200_000);
     let over = Arc::new(AtomicUsize::new(0));
     for round in 1..=50 {
         let (tell, hear) = mpsc::channel();
@@ -80,16 +73,12 @@ fn rule_3_8_a_home_waits_for_its_own_requests() {
 #[test]
 fn rule_3_8_not_between_two_others() {
     let world = World::simulated();
-    let backend = world
-        .open(Options::new().with("driver", "null-co"))
-        .unwrap();
+    let backend = null(&world, 0);
     let other = World::simulated();
-    let refused = catch_unwind(AssertUnwindSafe(|| {
+    let refused = panics(|| {
         other.home.with(|| backend.wait_idle(world.home.context()));
-    }));
-    let refused = *refused.unwrap_err().downcast::<String>().unwrap();
+    });
     assert!(refused.contains("rule 3.8"), "{refused}");
     other.end();
-    world.close(backend).unwrap();
-    world.end();
+    end(world, backend);
 }

@@ -3,7 +3,8 @@
 use super::counted::{Calls, OpenCounted};
 use super::{PLAIN, World, sim};
 use coblock_block::drivers::sim::SimDisk;
-use coblock_block::{BlockBackend, DenyAll, Node, Options, Result, Transaction, open};
+use coblock_block::{BlockBackend, DenyAll, Device, Node, Options, Result, Transaction, open};
+use coblock_coroutine::ThreadLock;
 use std::sync::Arc;
 
 pub fn world() -> World {
@@ -23,14 +24,19 @@ pub fn open_node(world: &World, options: Options) -> Result<Arc<Node>> {
     world.run(|co| open(co, &world.graph, &world.registry, &DenyAll, options))
 }
 
-/// A filter on the node `file`.
-pub fn filter(world: &World, name: &str, file: &str) -> (Arc<Node>, Arc<Calls>) {
-    let calls = Arc::new(Calls::default());
-    let options = Options::new()
+/// Options of a filter on the node `file`, which counts in `calls`.
+pub fn filter_options(name: &str, file: &str, calls: &Arc<Calls>) -> Options {
+    Options::new()
         .with("driver", "counted")
         .with("node-name", name)
         .with("file", file)
-        .with_object("calls", calls.clone());
+        .with_object("calls", calls.clone())
+}
+
+/// A filter on the node `file`.
+pub fn filter(world: &World, name: &str, file: &str) -> (Arc<Node>, Arc<Calls>) {
+    let calls = Arc::new(Calls::default());
+    let options = filter_options(name, file, &calls);
     (open_node(world, options).unwrap(), calls)
 }
 
@@ -62,4 +68,20 @@ pub fn read(world: &World, backend: &BlockBackend) -> u8 {
         .unwrap();
     assert!(data.iter().all(|byte| *byte == data[0]));
     data[0]
+}
+
+/// A device that notes which lengths it is told.
+#[derive(Default)]
+pub struct Sizes(ThreadLock<Vec<u64>>);
+
+impl Sizes {
+    pub fn get(&self) -> Vec<u64> {
+        self.0.lock().clone()
+    }
+}
+
+impl Device for Sizes {
+    fn resized(&self, len: u64) {
+        self.0.lock().push(len);
+    }
 }

@@ -5,6 +5,7 @@
 pub mod change;
 pub mod contexts;
 pub mod counted;
+pub mod load;
 pub mod net;
 pub mod requests;
 pub mod storage;
@@ -17,6 +18,7 @@ use coblock_block::{
 use coblock_coroutine::Co;
 use std::cell::RefCell;
 use std::io::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -178,6 +180,28 @@ pub fn sim(disk: &Arc<SimDisk>) -> Options {
     Options::new()
         .with("driver", "sim")
         .with_object("disk", disk.clone())
+}
+
+/// A backend whose requests take so long, and do nothing.
+pub fn null(world: &World, latency_ns: u64) -> Arc<BlockBackend> {
+    let options = Options::new()
+        .with("driver", "null-co")
+        .with("latency-ns", latency_ns.to_string());
+    Arc::new(world.open(options).unwrap())
+}
+
+/// Reads the first 512 bytes.
+pub fn read_sector(co: &Co, backend: &BlockBackend) -> Result<()> {
+    backend.pread(co, 0, &mut [0; 512][..])
+}
+
+/// The message with which `f` panics.
+pub fn panics(f: impl FnOnce()) -> String {
+    let panic = catch_unwind(AssertUnwindSafe(f)).expect_err("it is refused");
+    match panic.downcast::<String>() {
+        Ok(message) => *message,
+        Err(panic) => (*panic.downcast::<&str>().expect("a message")).to_owned(),
+    }
 }
 
 /// A world with one simulated disk behind a `sim` node.

@@ -77,31 +77,31 @@ pub const ALL: &[(Area, &str, &str, &str)] = &[
     (
         Sections,
         "who was held back last goes on first",
-        "block/drain",
+        "block/drain_users",
         "rule_5_5_requests_queue_in_order",
     ),
     (
         Sections,
         "a request that goes on is not counted",
-        "block/drain",
+        "block/drain_users",
         "rule_5_5_a_woken_request_is_counted_before_it_runs",
     ),
     (
         Sections,
         "a request that is held back is in flight",
-        "block/drain",
+        "block/drain_users",
         "rule_5_5_requests_queue_in_order",
     ),
     (
         Sections,
         "a section does not wait for operations of several requests",
-        "block/drain",
+        "block/drain_users",
         "rule_5_6_operations_of_several_requests",
     ),
     (
         Sections,
         "threads of devices go on in a section",
-        "block/drain",
+        "block/drain_users",
         "rule_5_9_threads_of_devices_stop",
     ),
     (
@@ -167,7 +167,7 @@ pub const ALL: &[(Area, &str, &str, &str)] = &[
     (
         Locks,
         "a writer does not see who reads without counting",
-        "block/transactions",
+        "block/graph_write",
         "rule_7_8_polls_and_writers_are_refused_meanwhile",
     ),
     (
@@ -233,13 +233,13 @@ pub const ALL: &[(Area, &str, &str, &str)] = &[
     (
         Moves,
         "a home may end with nodes that moved there",
-        "block/moves",
+        "block/moves_threads",
         "rule_8_3_a_context_ends_without_nodes",
     ),
     (
         Moves,
         "a closed node keeps its home",
-        "block/moves",
+        "block/moves_threads",
         "rule_8_3_a_context_ends_with_closed_nodes",
     ),
     (
@@ -323,7 +323,7 @@ pub const ALL: &[(Area, &str, &str, &str)] = &[
     (
         Requests,
         "a request is over before its callback",
-        "block/drain",
+        "block/drain_users",
         "rule_5_7_a_section_waits_for_callbacks",
     ),
     (
