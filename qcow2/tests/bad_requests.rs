@@ -4,39 +4,12 @@ mod support;
 
 use std::path::Path;
 
-use coblock_aio::{ContextOptions, EngineKind, Home};
-use coblock_block::{
-    BlockBackend, DriverRegistry, ErrorKind, Graph, LikeReference, Options, RequestFlags, Result,
-    open,
-};
-use coblock_coroutine::Co;
-use coblock_qcow2::OpenQcow2;
+use coblock_block::{ErrorKind, RequestFlags, Result};
 use flate2::{Compress, Compression, FlushCompress};
+use support::world::with_image;
 use support::{get64, qemu_img, qemu_io, said, text};
 
 const NONE: RequestFlags = RequestFlags::empty();
-
-fn with_image<R>(path: &Path, f: impl FnOnce(&Co, &BlockBackend) -> R) -> R {
-    let home = Home::new(ContextOptions {
-        engine: EngineKind::Threads,
-        ..ContextOptions::default()
-    })
-    .unwrap();
-    let graph = Graph::new(home.context());
-    let mut registry = DriverRegistry::with_builtin();
-    registry.register("qcow2", Box::new(OpenQcow2));
-    let options = Options::format_on_file("qcow2", text(path)).with("discard", "unmap");
-    let result = home.run(|co| {
-        let node = open(co, &graph, &registry, &LikeReference::new(), options).unwrap();
-        let backend = BlockBackend::new(&graph, node);
-        let result = f(co, &backend);
-        backend.close(co).unwrap();
-        result
-    });
-    assert_eq!(graph.live_nodes(), 0);
-    home.close();
-    result
-}
 
 /// Past the end, across it, unaligned, empty, far too long: as the reference does, errno and all.
 #[test]

@@ -1,15 +1,13 @@
 //! Requests with callbacks on an image: a synchronous request in a callback works in both request
 //! modes (rules 2.4, 2.6).
 
-use coblock_aio::{ContextOptions, EngineKind, Home};
-use coblock_block::{
-    BlockBackend, DenyAll, DriverRegistry, Graph, Mixed, Options, RequestFlags, open,
-};
-use coblock_qcow2::OpenQcow2;
+mod support;
+
+use coblock_aio::EngineKind;
+use coblock_block::{DenyAll, Mixed, Options, RequestFlags};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-mod support;
+use support::world::World;
 
 /// In serial mode a request has left the line before its callback runs: the original did it after,
 /// and hung.
@@ -19,24 +17,15 @@ fn rule_2_6_a_synchronous_request_in_a_callback() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image.qcow2");
         std::fs::write(&path, support::empty_image(16)).unwrap();
-        let context = ContextOptions {
-            engine: EngineKind::Threads,
-            ..ContextOptions::default()
-        };
-        let home = Home::new(context).unwrap();
-        let graph = Graph::new(home.context());
-        let mut registry = DriverRegistry::with_builtin();
-        registry.register("qcow2", Box::new(OpenQcow2));
+        let world = World::new(EngineKind::Threads);
         let options =
             Options::format_on_file("qcow2", support::text(&path)).with("request-mode", mode);
-        let node = home
-            .run(|co| open(co, &graph, &registry, &DenyAll, options))
-            .unwrap();
-        let backend = Arc::new(BlockBackend::new(&graph, node));
+        let opened = world.home.run(|co| world.open(co, &DenyAll, options));
+        let backend = Arc::new(opened.unwrap());
         let over = Arc::new(AtomicBool::new(false));
         let (inner, told) = (backend.clone(), over.clone());
         let none = RequestFlags::empty();
-        let request = home.with(|| {
+        let request = world.home.with(|| {
             backend.aio_pwrite(100_000, vec![7; 5000], none, move |result, written| {
                 result.unwrap();
                 let mixed = Mixed::nested(&inner);
@@ -48,16 +37,15 @@ fn rule_2_6_a_synchronous_request_in_a_callback() {
                 told.store(true, Ordering::Relaxed);
             })
         });
-        home.run(|co| request.unwrap().cancel(co));
+        world.home.run(|co| request.unwrap().cancel(co));
         assert!(over.load(Ordering::Relaxed), "{mode}");
-        home.run(|co| {
+        world.home.run(|co| {
             let mut read = vec![0; 5000];
             backend.pread(co, 300_000, &mut read[..]).unwrap();
             assert_eq!(read, [7; 5000], "{mode}");
             backend.close(co).unwrap();
         });
         drop(backend);
-        assert_eq!(graph.live_nodes(), 0);
-        home.close();
+        world.end();
     }
 }

@@ -14,12 +14,10 @@ use std::sync::Arc;
 
 use coblock_aio::{ContextOptions, EngineKind, Home, IoThread, co};
 use coblock_block::drivers::sim::Match;
-use coblock_block::{
-    BlockBackend, DenyAll, DriverRegistry, Graph, Options, RequestFlags, Result, open,
-};
+use coblock_block::{BlockBackend, DenyAll, Graph, Options, RequestFlags, Result, open};
 use coblock_coroutine::Co;
-use coblock_qcow2::OpenQcow2;
 use support::rig::*;
+use support::world::registry;
 
 /// Another context on the thread of a test.
 fn another() -> Home {
@@ -212,8 +210,7 @@ fn rule_2_6_threads_share_an_overlay() {
     }
     let home = Home::new(ContextOptions::named("main")).unwrap();
     let graph = Graph::new(home.context());
-    let mut registry = DriverRegistry::with_builtin();
-    registry.register("qcow2", Box::new(OpenQcow2));
+    let registry = registry();
     let image = |options: Options, prefix: &str, name: &str| {
         options
             .with(&format!("{prefix}driver"), "qcow2")

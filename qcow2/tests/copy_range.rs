@@ -6,49 +6,26 @@ mod support;
 use std::path::Path;
 use std::sync::Arc;
 
-use coblock_aio::{ContextOptions, EngineKind, Home};
+use coblock_aio::EngineKind;
 use coblock_block::drivers::sim::SimDisk;
-use coblock_block::{
-    BlockBackend, DriverRegistry, Graph, LikeReference, Options, RequestFlags, open,
-};
+use coblock_block::{BlockBackend, LikeReference, Options, RequestFlags};
 use coblock_coroutine::Co;
-use coblock_qcow2::OpenQcow2;
+use support::rng::Rng;
+use support::world::World;
 use support::{put32, put64, qemu_img, qemu_io, said, text};
 
 const NONE: RequestFlags = RequestFlags::empty();
 const SIZE: usize = 1 << 20;
 
-struct World {
-    home: Home,
-    graph: Arc<Graph>,
-    registry: DriverRegistry,
-}
-
 impl World {
-    fn new() -> Self {
-        let home = Home::new(ContextOptions {
-            engine: EngineKind::Threads,
-            ..ContextOptions::default()
-        })
-        .unwrap();
-        let mut registry = DriverRegistry::with_builtin();
-        registry.register("qcow2", Box::new(OpenQcow2));
-        World {
-            graph: Graph::new(home.context()),
-            home,
-            registry,
-        }
-    }
-
-    fn open(&self, options: Options) -> BlockBackend {
-        let gate = LikeReference::new();
-        let opened = |co: &Co| open(co, &self.graph, &self.registry, &gate, options);
-        BlockBackend::new(&self.graph, self.home.run(opened).unwrap())
+    fn opened(&self, options: Options) -> BlockBackend {
+        let opened = |co: &Co| self.open(co, &LikeReference::new(), options);
+        self.home.run(opened).unwrap()
     }
 
     fn image(&self, path: &Path, mode: &str) -> BlockBackend {
         let options = Options::format_on_file("qcow2", text(path));
-        self.open(options.with("discard", "unmap").with("request-mode", mode))
+        self.opened(options.with("discard", "unmap").with("request-mode", mode))
     }
 
     fn bytes(&self, disk: &BlockBackend) -> Vec<u8> {
@@ -61,24 +38,6 @@ impl World {
 
     fn close(&self, disk: BlockBackend) {
         self.home.run(|co| disk.close(co)).unwrap();
-    }
-
-    fn end(self) {
-        assert_eq!(self.graph.live_nodes(), 0);
-        self.home.close();
-    }
-}
-
-/// splitmix64.
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
     }
 }
 
@@ -130,7 +89,7 @@ fn random_copies_between_images() {
         (("serial", "mutex"), false),
         (("mutex", "serial"), true),
     ] {
-        let world = World::new();
+        let world = World::new(EngineKind::Threads);
         for (name, byte) in [("a", 0xa0), ("b", 0xb0)] {
             let base = format!("{name}.raw");
             let bytes: Vec<u8> = (0..SIZE / 2)
@@ -180,7 +139,7 @@ fn random_copies_between_images() {
 fn copies_cross() {
     for modes in [("mutex", "mutex"), ("serial", "serial")] {
         let folder = tempfile::tempdir().unwrap();
-        let world = World::new();
+        let world = World::new(EngineKind::Threads);
         let [a, b] = [("a", modes.0), ("b", modes.1)].map(|(name, mode)| {
             let path = folder.path().join(name);
             std::fs::write(&path, image(None)).unwrap();
@@ -245,7 +204,7 @@ fn copies_are_sparse_and_the_reference_reads_them() {
     assert!(written.status.success(), "{}", said(&written));
     let created = qemu_img(&["create", "-q", "-f", "qcow2", to_text, "4M"]).unwrap();
     assert!(created.status.success(), "{}", said(&created));
-    let world = World::new();
+    let world = World::new(EngineKind::Threads);
     let source = world.image(&from, "mutex");
     let target = world.image(&to, "mutex");
     world
@@ -272,13 +231,13 @@ fn copies_from_and_to_other_nodes() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     std::fs::write(&path, image(None)).unwrap();
-    let world = World::new();
+    let world = World::new(EngineKind::Threads);
     let disk = world.image(&path, "mutex");
     let sim = SimDisk::with_contents(&vec![5; SIZE]);
     let plain = Options::new()
         .with("driver", "sim")
         .with_object("disk", sim.clone());
-    let plain = world.open(plain);
+    let plain = world.opened(plain);
     world.home.run(|co| {
         plain.copy_range(co, 100, &disk, 5000, 10_000).unwrap();
         disk.copy_range(co, 4096, &plain, 0, 20_000).unwrap();

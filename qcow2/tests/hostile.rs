@@ -9,19 +9,20 @@ mod support;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use coblock_aio::{ContextOptions, EngineKind, Home};
+use coblock_aio::EngineKind;
 use coblock_block::drivers::sim::{Fault, Match, SimDisk};
 use coblock_block::{
-    BlockBackend, DenyAll, Dependent, DriverRegistry, ErrorKind, Graph, OpenGate, Options,
-    RequestFlags, Result, open,
+    DenyAll, Dependent, ErrorKind, LikeReference, OpenGate, Options, RequestFlags, Result,
 };
-use coblock_qcow2::OpenQcow2;
+use coblock_coroutine::Co;
 use coblock_qcow2::create::{CreateOptions, create};
 use coblock_qcow2::image_file::ImageFile;
 use coblock_qcow2::info::Info;
 use support::corpus::Want::{self, Bad, Good};
 use support::corpus::{add_extension, cases, changed};
-use support::damage::{Rng, damage, seeds};
+use support::damage::{damage, seeds};
+use support::rng::Rng;
+use support::world::{World, image_on, sim};
 use support::{add_cluster, add_l2, add_snapshots, empty_image, put32, put64, snapshot};
 
 /// Tests that measure this process run one at a time.
@@ -41,83 +42,44 @@ impl OpenGate for NobodyAsks {
     }
 }
 
-struct World {
-    home: Home,
-    graph: Arc<Graph>,
-    registry: DriverRegistry,
+/// Looks at the file without its format.
+fn look<R>(
+    world: &World,
+    disk: &Arc<SimDisk>,
+    f: impl FnOnce(&ImageFile<'_>) -> Result<R>,
+) -> Result<R> {
+    world.home.run(|co| {
+        let file = world.open(co, &NobodyAsks, sim(disk))?;
+        let result = f(&ImageFile::of_backend(co, &file));
+        file.close(co)?;
+        result
+    })
 }
 
-impl World {
-    fn new() -> Self {
-        let context = ContextOptions {
-            engine: EngineKind::None,
-            ..ContextOptions::default()
-        };
-        let home = Home::new(context).unwrap();
-        let graph = Graph::new(home.context());
-        let mut registry = DriverRegistry::with_builtin();
-        registry.register("qcow2", Box::new(OpenQcow2));
-        Self {
-            home,
-            graph,
-            registry,
+/// Opens the image, reads (or writes) its first and last clusters, flushes, closes.
+fn use_it(world: &World, disk: &Arc<SimDisk>, write: bool) -> Result<()> {
+    let options = image_on(disk).with("read-only", if write { "off" } else { "on" });
+    world.home.run(|co| {
+        let image = world.open(co, &DenyAll, options)?;
+        let len = image.len().min(0x2_0000);
+        let mut buf = vec![0x77; usize::try_from(len).unwrap()];
+        let last = image.len() - len;
+        let mut result = Ok(());
+        for at in [0, last] {
+            let done = if write {
+                image.pwrite(co, at, &buf[..], RequestFlags::empty())
+            } else {
+                image.pread(co, at, &mut buf[..])
+            };
+            result = result.and(done);
         }
-    }
-
-    /// Looks at the file without its format.
-    fn look<R>(
-        &self,
-        disk: &Arc<SimDisk>,
-        f: impl FnOnce(&ImageFile<'_>) -> Result<R>,
-    ) -> Result<R> {
-        let options = Options::new()
-            .with("driver", "sim")
-            .with_object("disk", disk.clone());
-        self.home.run(|co| {
-            let node = open(co, &self.graph, &self.registry, &NobodyAsks, options)?;
-            let file = BlockBackend::new(&self.graph, node);
-            let result = f(&ImageFile::of_backend(co, &file));
-            file.close(co)?;
-            result
-        })
-    }
-
-    /// Opens the image, reads (or writes) its first and last clusters, flushes, closes.
-    fn use_it(&self, disk: &Arc<SimDisk>, write: bool) -> Result<()> {
-        let options = Options::new()
-            .with("driver", "qcow2")
-            .with("read-only", if write { "off" } else { "on" })
-            .with("file.driver", "sim")
-            .with_object("file.disk", disk.clone());
-        self.home.run(|co| {
-            let node = open(co, &self.graph, &self.registry, &DenyAll, options)?;
-            let image = BlockBackend::new(&self.graph, node);
-            let len = image.len().min(0x2_0000);
-            let mut buf = vec![0x77; usize::try_from(len).unwrap()];
-            let last = image.len() - len;
-            let mut result = Ok(());
-            for at in [0, last] {
-                let done = if write {
-                    image.pwrite(co, at, &buf[..], RequestFlags::empty())
-                } else {
-                    image.pread(co, at, &mut buf[..])
-                };
-                result = result.and(done);
-            }
-            if write {
-                result = result.and(image.flush(co));
-            }
-            // An image that refused a write may refuse to close well, too.
-            let closed = image.close(co);
-            result.and(closed)
-        })
-    }
-
-    fn end(self) {
-        assert_eq!(self.graph.live_nodes(), 0);
-        assert_eq!(self.home.context().live_coroutines(), 0);
-        self.home.close();
-    }
+        if write {
+            result = result.and(image.flush(co));
+        }
+        // An image that refused a write may refuse to close well, too.
+        let closed = image.close(co);
+        result.and(closed)
+    })
 }
 
 /// Processor time of this process in milliseconds.
@@ -180,14 +142,14 @@ fn hostile_images() {
     // A program that counts its lines or checks its accesses is slower and larger.
     let more = std::env::var_os("COBLOCK_TEST_INSTRUMENTED").map_or(1, |_| 20);
     for case in cases() {
-        let world = World::new();
+        let world = World::new(EngineKind::None);
         let disk = (case.disk)();
         forget_peak();
         let (cpu, memory) = (cpu_ms(), memory_kib("VmRSS:"));
-        let info = world.look(&disk, |file| Info::read(file).map(drop));
-        let report = world.look(&disk, support::image::report);
-        let read = world.use_it(&disk, false);
-        let write = world.use_it(&disk, true);
+        let info = look(&world, &disk, |file| Info::read(file).map(drop));
+        let report = look(&world, &disk, support::image::report);
+        let read = use_it(&world, &disk, false);
+        let write = use_it(&world, &disk, true);
         let (cpu, memory) = (cpu_ms() - cpu, memory_kib("VmHWM:").saturating_sub(memory));
         if verbose {
             println!("{}\n  {cpu} ms, {memory} KiB\n  info {info:?}", case.name);
@@ -232,12 +194,12 @@ fn every_read_fails_once() {
     for n in 0.. {
         let mut hit = false;
         for what in 0..4 {
-            let world = World::new();
+            let world = World::new(EngineKind::None);
             let disk = build();
             disk.fail(Fault::new(Match::reads(), 5).after(n));
             let result = match what {
-                0 => world.look(&disk, |file| Info::read(file).map(drop)),
-                1 => world.look(&disk, |file| {
+                0 => look(&world, &disk, |file| Info::read(file).map(drop)),
+                1 => look(&world, &disk, |file| {
                     let (report, _) = support::image::report(file)?;
                     // A table that could not be read is told in the report.
                     if report.check_errors > 0 {
@@ -248,7 +210,7 @@ fn every_read_fails_once() {
                     }
                     Ok(())
                 }),
-                _ => world.use_it(&disk, what == 3),
+                _ => use_it(&world, &disk, what == 3),
             };
             if let Err(error) = result {
                 hit = true;
@@ -288,44 +250,29 @@ fn backing_chains_without_end() {
     }
     std::fs::write(dir.path().join("deep300"), empty_image(12)).unwrap();
     for name in ["self", "a", "link", "deep0"] {
-        let context = ContextOptions {
-            engine: EngineKind::Threads,
-            ..ContextOptions::default()
-        };
-        let home = Home::new(context).unwrap();
-        let graph = Graph::new(home.context());
-        let mut registry = DriverRegistry::with_builtin();
-        registry.register("qcow2", Box::new(OpenQcow2));
+        let world = World::new(EngineKind::Threads);
         let path = dir.path().join(name);
         let options =
             Options::format_on_file("qcow2", support::text(&path)).with("read-only", "on");
-        let gate = coblock_block::LikeReference::new();
-        let error = home
-            .run(|co| open(co, &graph, &registry, &gate, options).map(drop))
-            .unwrap_err();
+        let opened = |co: &Co| world.open(co, &LikeReference::new(), options).map(drop);
+        let error = world.home.run(opened).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Chain, "{name}: {error}");
-        assert_eq!(graph.live_nodes(), 0, "{name}");
-        assert_eq!(home.context().live_coroutines(), 0, "{name}");
-        home.close();
+        world.end();
     }
 }
 
 /// An image that our own driver wrote, of this geometry.
 fn written(cluster_size: u64, refcount_bits: u64) -> Vec<u8> {
-    let world = World::new();
+    let world = World::new(EngineKind::None);
     let disk = SimDisk::new(0);
     let mut options = CreateOptions::new(1 << 20);
     (options.cluster_size, options.refcount_bits) = (cluster_size, refcount_bits);
-    let sim = Options::new()
-        .with("driver", "sim")
-        .with_object("disk", disk.clone());
     world.home.run(|co| {
-        let node = open(co, &world.graph, &world.registry, &DenyAll, sim).unwrap();
-        let file = BlockBackend::new(&world.graph, node);
+        let file = world.open(co, &DenyAll, sim(&disk)).unwrap();
         create(&ImageFile::of_backend(co, &file), &options).unwrap();
         file.close(co).unwrap();
     });
-    world.use_it(&disk, true).unwrap();
+    use_it(&world, &disk, true).unwrap();
     world.end();
     disk.contents()
 }
@@ -339,16 +286,16 @@ fn damage_at_random() {
         .map(|(cluster_size, refcount_bits)| written(cluster_size, refcount_bits));
     let (mut refused, mut worked) = (0, 0);
     for seed in seeds(400) {
-        let mut rng = Rng::new(seed);
+        let mut rng = Rng(seed ^ 0x5eed);
         let mut image = bases[rng.index(bases.len())].clone();
         let done = damage(&mut image, &mut rng);
         let disk = SimDisk::with_contents(&image);
         let cpu = cpu_ms();
-        let world = World::new();
-        let _ = world.look(&disk, |file| Info::read(file).map(drop));
-        let _ = world.look(&disk, support::image::report);
+        let world = World::new(EngineKind::None);
+        let _ = look(&world, &disk, |file| Info::read(file).map(drop));
+        let _ = look(&world, &disk, support::image::report);
         for write in [false, true, true] {
-            match world.use_it(&disk, write) {
+            match use_it(&world, &disk, write) {
                 Ok(()) => worked += 1,
                 Err(_) => refused += 1,
             }

@@ -6,15 +6,14 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use coblock_aio::{ContextOptions, EngineKind, Home};
+use coblock_aio::EngineKind;
 use coblock_block::drivers::sim::SimDisk;
-use coblock_block::{
-    BlockBackend, DenyAll, DriverRegistry, Error, ErrorKind, Graph, Options, Result, open,
-};
+use coblock_block::{DenyAll, Error, ErrorKind, Result};
+use coblock_qcow2::Error as Qcow2Error;
 use coblock_qcow2::check::check;
 use coblock_qcow2::image_file::ImageFile;
 use coblock_qcow2::info::Info;
-use coblock_qcow2::{Error as Qcow2Error, OpenQcow2};
+use support::world::{World, image_on, sim};
 use support::{add_cluster, add_l2, add_snapshots, empty_image, put32, put64, snapshot};
 
 /// What is done with an image.
@@ -37,30 +36,17 @@ fn with_limit(image: &[u8], how: Use, limit: Option<u64>) -> Result<()> {
 }
 
 fn on_disk(disk: Arc<SimDisk>, how: Use, limit: Option<u64>) -> Result<()> {
-    let context = ContextOptions {
-        engine: EngineKind::None,
-        ..ContextOptions::default()
-    };
-    let home = Home::new(context).unwrap();
-    let graph = Graph::new(home.context());
-    let mut registry = DriverRegistry::with_builtin();
-    registry.register("qcow2", Box::new(OpenQcow2));
+    let world = World::new(EngineKind::None);
     let look = matches!(how, Use::Info | Use::Check);
     let mut options = match look {
-        true => Options::new()
-            .with("driver", "sim")
-            .with_object("disk", disk),
-        false => Options::new()
-            .with("driver", "qcow2")
-            .with("file.driver", "sim")
-            .with_object("file.disk", disk),
+        true => sim(&disk),
+        false => image_on(&disk),
     };
     if let (false, Some(limit)) = (look, limit) {
         options = options.with("memory-limit", limit.to_string());
     }
-    let result = home.run(|co| {
-        let node = open(co, &graph, &registry, &DenyAll, options)?;
-        let backend = BlockBackend::new(&graph, node);
+    let result = world.home.run(|co| {
+        let backend = world.open(co, &DenyAll, options)?;
         let mut result = Ok(());
         if look {
             let mut file = ImageFile::of_backend(co, &backend);
@@ -77,8 +63,7 @@ fn on_disk(disk: Arc<SimDisk>, how: Use, limit: Option<u64>) -> Result<()> {
         let closed = backend.close(co);
         result.and(closed)
     });
-    assert_eq!(graph.live_nodes(), 0);
-    home.close();
+    world.end();
     result
 }
 

@@ -7,16 +7,18 @@
     reason = "numbers of tests are small"
 )]
 
+mod support;
+
 use std::cell::{Cell, RefCell};
 use std::io::Write as _;
 use std::process::Command;
 use std::rc::Rc;
 
 use coblock_aio::{ContextOptions, EngineKind, Home};
-use coblock_block::{
-    BlockBackend, DriverRegistry, Graph, LikeReference, Options, RequestFlags, open,
-};
-use coblock_qcow2::{OpenQcow2, Qcow2, Qcow2Stats};
+use coblock_block::{BlockBackend, Graph, LikeReference, Options, RequestFlags, open};
+use coblock_qcow2::{Qcow2, Qcow2Stats};
+use support::rng::Rng;
+use support::world::registry;
 
 /// Runs `qemu-img`; `None`, said aloud, when it is not there.
 fn qemu_img(args: &[&str]) -> Option<String> {
@@ -40,29 +42,6 @@ fn qemu_img(args: &[&str]) -> Option<String> {
                 .expect("standard error");
             None
         }
-    }
-}
-
-fn registry() -> DriverRegistry {
-    let mut registry = DriverRegistry::with_builtin();
-    registry.register("qcow2", Box::new(OpenQcow2));
-    registry
-}
-
-/// splitmix64: the same numbers on every machine.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
     }
 }
 

@@ -1,4 +1,4 @@
-//! Rules 2.5, 2.6 and 9.1 to 9.4, each by name, on a simulated disk that holds back what the test
+//! Rules 2.5 and 9.1 to 9.4, each by name, on a simulated disk that holds back what the test
 //! says.
 
 #![expect(
@@ -12,51 +12,9 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use coblock_block::drivers::sim::{Fault, Hold, LogEntry, Match};
-use coblock_block::{BlockBackend, ErrorKind, RequestFlags};
+use coblock_block::{ErrorKind, RequestFlags};
 use flate2::{Compress, Compression, FlushCompress};
 use support::rig::*;
-
-/// Rule 2.6: data I/O on allocated clusters is parallel, and a lookup that hits the cache takes no
-/// lock.
-#[test]
-fn rule_2_6_cached_reads_and_overwrites_do_not_take_the_metadata_mutex() {
-    let f = Fixture::new();
-    let disk = f.open();
-    f.write(&disk, 0, 16 * CLUSTER, 1);
-    let before = stats(&disk).metadata_locks;
-    assert!(before > 0);
-    let hold = f.disk.hold(Match::any());
-    let writes: Vec<_> = (0..16)
-        .map(|n| f.start_write(&disk, n * CLUSTER, 512, 2))
-        .collect();
-    f.settle();
-    assert_eq!(hold.waiting(), 16, "overwrites are in flight together");
-    drop(hold);
-    f.settle();
-    assert!(writes.iter().all(Outcome::is_done));
-    assert_eq!(f.read(&disk, 0, 16 * CLUSTER)[511..513], [2, 1]);
-    assert_eq!(stats(&disk).metadata_locks, before);
-    f.close(disk);
-}
-
-/// Rule 2.6: the mutex is released around guest data, so allocating writes of different clusters
-/// overlap.
-#[test]
-fn rule_2_6_allocating_writes_overlap() {
-    let f = Fixture::new();
-    let disk = f.open();
-    let hold = f.disk.hold(Match::writes().touching(BEHIND_TABLES));
-    let writes: Vec<_> = (0..8)
-        .map(|n| f.start_write(&disk, n * CLUSTER, CLUSTER, n as u8))
-        .collect();
-    f.settle();
-    assert_eq!(hold.waiting(), 8);
-    drop(hold);
-    f.settle();
-    assert!(writes.iter().all(Outcome::is_done));
-    assert_eq!(stats(&disk).dependency_waits, 0);
-    f.close(disk);
-}
 
 /// Rule 9.1: a write that overlaps a pending allocation at its first byte waits, and looks
 /// everything up anew; so the second half of a cluster is not lost to the copy-on-write of the
@@ -122,7 +80,7 @@ fn rule_9_1_waiters_go_on_after_an_error() {
     let disk = f.open();
     f.disk.fail(Fault::new(
         Match::writes().touching(BEHIND_TABLES),
-        libc_eio(),
+        libc::EIO,
     ));
     let hold = f.disk.hold(Match::writes().touching(BEHIND_TABLES));
     let first = f.start_write(&disk, 0, 512, 1);
@@ -148,10 +106,6 @@ fn rule_9_1_waiters_go_on_after_an_error() {
         used, 6,
         "four tables, an L2 table, one data cluster: nothing leaked"
     );
-}
-
-fn libc_eio() -> i32 {
-    5
 }
 
 /// Makes cluster 0 of the guest one that may not be overwritten, as if a snapshot had shared it
@@ -273,9 +227,9 @@ fn rule_9_3_errors_of_each_step_are_returned() {
         let f = Fixture::new();
         let disk = f.open();
         f.write(&disk, 0, CLUSTER, 7);
-        f.disk.fail(Fault::new(what, libc_eio()));
+        f.disk.fail(Fault::new(what, libc::EIO));
         let failed = f.home.run(|co| disk.flush(co));
-        assert_eq!(failed.unwrap_err().errno(), libc_eio(), "{name}");
+        assert_eq!(failed.unwrap_err().errno(), libc::EIO, "{name}");
         if f.word(L1) != 0 {
             assert_eq!(f.refcount(FIRST_L2), 1, "{name}");
         }
@@ -391,22 +345,6 @@ fn a_table_in_use_is_never_given_up() {
     assert!(f.wait(&later).is_err(), "the image takes no more changes");
     assert_eq!(f.disk.peek(79, 1)[0] & 2, 2, "and is marked as corrupt");
     assert!(f.home.run(|co| disk.close(co)).is_err());
-}
-
-impl Fixture {
-    /// Starts an emptying request and returns where its result will be.
-    fn start_empty(&self, disk: &Rc<BlockBackend>, at: u64, len: u64, discard: bool) -> Outcome {
-        let (disk, outcome) = (disk.clone(), Outcome::default());
-        let result = outcome.clone();
-        self.home.spawn("empty", move |co| {
-            result.set(if discard {
-                disk.pdiscard(co, at, len)
-            } else {
-                disk.pwrite_zeroes(co, at, len, RequestFlags::MAY_UNMAP)
-            });
-        });
-        outcome
-    }
 }
 
 /// Rule 9.1: zeroes and discards wait for a pending allocation too; the later request wins.
@@ -526,84 +464,4 @@ fn rule_9_2_no_reuse_of_compressed_data_under_a_read() {
         assert!(handed_out.contains(&old), "afterwards it is handed out");
         f.close(disk);
     }
-}
-
-/// Rule 2.6, serial mode: one request at a time, first in first out; a request that was waiting
-/// starts when the one before it is done, and not later.
-#[test]
-fn rule_2_6_serial_mode_takes_one_request_at_a_time() {
-    let f = Fixture::new();
-    let disk = f.open_in("serial");
-    let hold = f.disk.hold(Match::writes().touching(BEHIND_TABLES));
-    let writes: Vec<_> = (0..8)
-        .map(|n| f.start_write(&disk, n * CLUSTER, CLUSTER, 1))
-        .collect();
-    for done in 0..8 {
-        f.settle();
-        assert_eq!(hold.waiting(), 1);
-        let finished: Vec<bool> = writes.iter().map(Outcome::is_done).collect();
-        assert!(
-            finished.iter().enumerate().all(|(n, &is)| is == (n < done)),
-            "{finished:?}"
-        );
-        assert!(hold.release(0));
-    }
-    f.settle();
-    assert!(writes.iter().all(Outcome::is_done));
-    drop(hold);
-    f.close(disk);
-}
-
-/// Rule 2.6: a request that is sent at once when another one's result is known does not hang in
-/// serial mode. (The original took the finished request off its list after the callback, so it
-/// did.)
-#[test]
-fn rule_2_6_serial_mode_lets_a_finished_request_be_followed() {
-    let f = Fixture::new();
-    let disk = f.open_in("serial");
-    let data = f.home.run(|co| {
-        for n in 0..4 {
-            disk.pwrite(
-                co,
-                n * CLUSTER,
-                &[n as u8 + 1; 512][..],
-                RequestFlags::empty(),
-            )
-            .unwrap();
-            disk.flush(co).unwrap();
-        }
-        let mut data = [0; 512];
-        disk.pread(co, 3 * CLUSTER, &mut data[..]).unwrap();
-        data
-    });
-    assert_eq!(data, [4; 512]);
-    f.close(disk);
-}
-
-/// Rule 2.6: both modes give identical images, to the byte.
-#[test]
-fn rule_2_6_both_modes_give_identical_images() {
-    let image = |mode: &str| {
-        let f = Fixture::new();
-        let disk = f.open_in(mode);
-        let mut outcomes = Vec::new();
-        for n in 0..200u64 {
-            let at = n * 7919 % 200 * 5120 % ((1 << 20) - 8192) / 512 * 512;
-            outcomes.push(match n % 7 {
-                0 => f.start_empty(&disk, at, 8192, n % 2 == 0),
-                _ => f.start_write(&disk, at, 512 * (1 + n % 13), n as u8),
-            });
-            if n % 31 == 0 {
-                f.flush(&disk);
-            }
-        }
-        f.settle();
-        assert!(
-            outcomes.iter().all(|o| matches!(o.take(), Some(Ok(())))),
-            "{mode}"
-        );
-        f.close(disk);
-        f.disk.contents()
-    };
-    assert!(image("mutex") == image("serial"));
 }

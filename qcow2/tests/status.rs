@@ -3,41 +3,14 @@
 
 mod support;
 
-use coblock_aio::{ContextOptions, EngineKind, Home};
-use coblock_block::{
-    BlockBackend, DriverRegistry, ErrorKind, Graph, LikeReference, Options, RequestFlags, Status,
-    open,
-};
+use coblock_block::{BlockBackend, ErrorKind, RequestFlags, Status};
 use coblock_coroutine::Co;
-use coblock_qcow2::OpenQcow2;
 use serde_json::{Value, json};
 use std::path::Path;
+use support::world::with_image;
 use support::{qemu_img, qemu_io, said, text};
 
 const NONE: RequestFlags = RequestFlags::empty();
-
-/// Opens an image with its chain, calls `f`, closes.
-fn with_image<R>(path: &Path, f: impl FnOnce(&Co, &BlockBackend) -> R) -> R {
-    let context = ContextOptions {
-        engine: EngineKind::Threads,
-        ..ContextOptions::default()
-    };
-    let home = Home::new(context).unwrap();
-    let graph = Graph::new(home.context());
-    let mut registry = DriverRegistry::with_builtin();
-    registry.register("qcow2", Box::new(OpenQcow2));
-    let options = Options::format_on_file("qcow2", text(path)).with("discard", "unmap");
-    let result = home.run(|co| {
-        let node = open(co, &graph, &registry, &LikeReference::new(), options).unwrap();
-        let backend = BlockBackend::new(&graph, node);
-        let result = f(co, &backend);
-        backend.close(co).unwrap();
-        result
-    });
-    assert_eq!(graph.live_nodes(), 0);
-    home.close();
-    result
-}
 
 /// One entry of a map, as the reference has it.
 fn entry(start: u64, status: &Status) -> Value {

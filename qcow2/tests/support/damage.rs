@@ -4,41 +4,9 @@
 //! offset, another entry's offset; a refcount off by one; a table moved, cut, doubled; a file cut
 //! short; and plain noise.
 
+use super::rng::Rng;
 use super::{get32, get64, put32, put64, qemu_img, qemu_io, text};
 use std::path::Path;
-
-/// Random numbers from a seed (splitmix64), the same for ever.
-pub struct Rng(u64);
-
-impl Rng {
-    pub fn new(seed: u64) -> Self {
-        Self(seed ^ 0x5eed)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end.max(1)
-    }
-
-    pub fn index(&mut self, len: usize) -> usize {
-        usize::try_from(self.below(len as u64)).unwrap()
-    }
-
-    pub fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-
-    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.index(from.len())]
-    }
-}
 
 /// Seeds to run: `DAMAGE_SEEDS=FROM..TO`, or so many of every day.
 pub fn seeds(usual: u64) -> std::ops::Range<u64> {

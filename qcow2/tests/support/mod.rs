@@ -5,6 +5,8 @@ pub mod corpus;
 pub mod damage;
 pub mod image;
 pub mod rig;
+pub mod rng;
+pub mod world;
 
 use std::io::Write as _;
 use std::path::Path;

@@ -19,7 +19,9 @@ use coblock_block::drivers::sim::SimDisk;
 use coblock_block::{
     BlockBackend, DenyAll, DriverRegistry, Graph, Options, RequestFlags, Result, open,
 };
-use coblock_qcow2::{OpenQcow2, Qcow2, Qcow2Stats};
+use coblock_qcow2::{Qcow2, Qcow2Stats};
+
+use super::world::{image_on, registry};
 
 pub const CLUSTER: u64 = 4096;
 pub const REFCOUNT_BLOCK: u64 = 2 * CLUSTER;
@@ -68,12 +70,10 @@ impl Fixture {
         };
         let home = Home::new(options).unwrap();
         let graph = Graph::new(home.context());
-        let mut registry = DriverRegistry::with_builtin();
-        registry.register("qcow2", Box::new(OpenQcow2));
         Fixture {
             home,
             graph,
-            registry,
+            registry: registry(),
             disk: SimDisk::with_contents(&fresh_image()),
         }
     }
@@ -89,11 +89,7 @@ impl Fixture {
 
     /// Options of the image on the disk.
     pub fn options(&self) -> Options {
-        Options::new()
-            .with("driver", "qcow2")
-            .with("discard", "unmap")
-            .with("file.driver", "sim")
-            .with_object("file.disk", self.disk.clone())
+        image_on(&self.disk).with("discard", "unmap")
     }
 
     pub fn open_with(&self, options: Options) -> Result<Rc<BlockBackend>> {
@@ -109,6 +105,26 @@ impl Fixture {
         self.home.spawn("write", move |co| {
             let data = vec![byte; len as usize];
             result.set(disk.pwrite(co, at, &data[..], RequestFlags::empty()));
+        });
+        outcome
+    }
+
+    /// Starts an emptying request and returns where its result will be.
+    pub fn start_empty(
+        &self,
+        disk: &Rc<BlockBackend>,
+        at: u64,
+        len: u64,
+        discard: bool,
+    ) -> Outcome {
+        let (disk, outcome) = (disk.clone(), Outcome::default());
+        let result = outcome.clone();
+        self.home.spawn("empty", move |co| {
+            result.set(if discard {
+                disk.pdiscard(co, at, len)
+            } else {
+                disk.pwrite_zeroes(co, at, len, RequestFlags::MAY_UNMAP)
+            });
         });
         outcome
     }
