@@ -26,9 +26,13 @@
 //! Log positions tie this to a power cut: the simulated file counts what was sent to it, and every
 //! event here notes that count.
 
-use std::fmt;
+mod content;
+mod flat;
+mod violation;
 
-use super::rng::mix;
+pub use content::{Content, MIN_UNIT, content, stamp};
+pub use flat::{FlatDisk, assert_same};
+pub use violation::Violation;
 
 mod order;
 
@@ -36,63 +40,6 @@ use order::{Seen, Zone};
 
 /// Number of a write. 0 is what the disk held before: zeros, or the stamp of a backing file.
 pub type WriteId = u64;
-
-/// The smallest unit: a place and a number.
-pub const MIN_UNIT: usize = 16;
-
-/// What one unit of a buffer holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Content {
-    /// Zeros from end to end.
-    Zero,
-    /// What [`stamp`] makes for this place and this write (0: a backing file's content).
-    Stamp(WriteId),
-    /// Nothing that anybody wrote here.
-    Foreign,
-}
-
-/// Fills `buf`, which begins at byte `offset` of the disk, as write `id` of run `salt` does.
-pub fn stamp(buf: &mut [u8], offset: u64, unit: usize, salt: u64, id: WriteId) {
-    assert_eq!(buf.len() % unit, 0, "a write covers whole units");
-    assert_eq!(offset % unit as u64, 0, "a write begins at a unit");
-    for (index, piece) in buf.chunks_exact_mut(unit).enumerate() {
-        let place = offset / unit as u64 + index as u64;
-        let (head, body) = piece.split_at_mut(8);
-        // The number is mixed with the place, so that a unit moved elsewhere does not decode there.
-        head.copy_from_slice(&(id ^ mask(place, salt)).to_be_bytes());
-        let mut state = mix(id ^ mask(place, salt).rotate_left(17));
-        for word in body.chunks_exact_mut(8) {
-            word.copy_from_slice(&state.to_be_bytes());
-            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        }
-    }
-}
-
-/// Tells what the unit `piece` at `offset` holds. `limit` is above every number that was given out.
-pub fn content(piece: &[u8], offset: u64, salt: u64, limit: WriteId) -> Content {
-    if piece.iter().all(|b| *b == 0) {
-        return Content::Zero;
-    }
-    let place = offset / piece.len() as u64;
-    let mut head = [0; 8];
-    head.copy_from_slice(&piece[..8]);
-    let id = u64::from_be_bytes(head) ^ mask(place, salt);
-    let mut state = mix(id ^ mask(place, salt).rotate_left(17));
-    let body = piece[8..].chunks_exact(8).all(|word| {
-        let same = word == state.to_be_bytes();
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        same
-    });
-    if id < limit && body {
-        Content::Stamp(id)
-    } else {
-        Content::Foreign
-    }
-}
-
-fn mask(place: u64, salt: u64) -> u64 {
-    mix(place ^ mix(salt))
-}
 
 /// What a write puts on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,42 +101,6 @@ pub struct History {
     layered: bool,
     /// May a read see half of a write that goes on at the same time?
     racing_reads: bool,
-}
-
-/// A content that must not be.
-#[derive(Debug)]
-pub struct Violation {
-    /// Byte offset of the unit.
-    pub offset: u64,
-    /// What is there.
-    pub found: Content,
-    /// Which writes might be there.
-    pub allowed: Vec<WriteId>,
-    /// Of what a mixture consists.
-    pub mixture: String,
-}
-
-impl Violation {
-    /// The same with what a mixture consists of; `bytes` are the whole disk.
-    pub fn explain(mut self, history: &History, bytes: &[u8]) -> String {
-        if self.found == Content::Foreign {
-            let unit = usize::try_from(self.offset).expect("a small disk");
-            let piece = &bytes[unit..unit + history.unit];
-            let ids = &history.units[unit / history.unit];
-            self.mixture = history.mixture(piece, self.offset, ids);
-        }
-        self.to_string()
-    }
-}
-
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "byte {:#x}: found {:?}{}, allowed {:?}",
-            self.offset, self.found, self.mixture, self.allowed
-        )
-    }
 }
 
 /// A read that has begun: what it may return is decided at its end.
@@ -522,32 +433,6 @@ impl History {
         }
     }
 
-    /// Which bytes of a unit come from which write, for a message.
-    fn mixture(&self, piece: &[u8], offset: u64, ids: &[WriteId]) -> String {
-        let mut text = String::new();
-        let mut stamped = vec![0; self.unit];
-        for &id in ids {
-            stamp(&mut stamped, offset, self.unit, self.salt, id);
-            if self.writes[index(id)].puts != Puts::Stamp {
-                stamped.fill(0);
-            }
-            let same: Vec<usize> = (0..self.unit)
-                .step_by(8)
-                .filter(|at| stamped[*at..*at + 8] == piece[*at..*at + 8])
-                .collect();
-            if let (Some(first), Some(last)) = (same.first(), same.last()) {
-                let w = &self.writes[index(id)];
-                text += &format!(
-                    " [{} words in {first}..{} of {w:?} {id}]",
-                    same.len(),
-                    last + 8
-                );
-            }
-        }
-        text += &format!(" now {}", self.now);
-        text
-    }
-
     /// Does this write leave zeros in `unit`?
     fn zeros(&self, id: WriteId, unit: usize) -> bool {
         if id == 0 {
@@ -612,48 +497,6 @@ impl History {
 
 fn index(id: WriteId) -> usize {
     usize::try_from(id).expect("a number that this model gave out")
-}
-
-/// An array of bytes: what a disk holds after requests that do not overlap in time.
-pub struct FlatDisk {
-    bytes: Vec<u8>,
-}
-
-impl FlatDisk {
-    /// A disk of `size` bytes that reads as zeros.
-    pub fn new(size: u64) -> Self {
-        FlatDisk {
-            bytes: vec![0; usize::try_from(size).expect("a small disk")],
-        }
-    }
-
-    /// Writes `buf` at `offset`.
-    pub fn write(&mut self, offset: u64, buf: &[u8]) {
-        let at = usize::try_from(offset).expect("a small disk");
-        self.bytes[at..at + buf.len()].copy_from_slice(buf);
-    }
-
-    /// The bytes at `offset`.
-    pub fn read(&self, offset: u64, len: usize) -> &[u8] {
-        let at = usize::try_from(offset).expect("a small disk");
-        &self.bytes[at..at + len]
-    }
-
-    /// The whole disk.
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
-/// Panics with the first byte that differs.
-pub fn assert_same(what: &str, found: &[u8], expected: &[u8]) {
-    assert_eq!(found.len(), expected.len(), "{what}: length");
-    if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
-        panic!(
-            "{what}: byte {at:#x} is {:#04x}, expected {:#04x}",
-            found[at], expected[at]
-        );
-    }
 }
 
 #[cfg(test)]
