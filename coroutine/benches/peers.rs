@@ -5,9 +5,13 @@
 //! draws the table, too. `once ROW SUBJECT N` does exactly N operations of one row and prints
 //! nothing: for counting instructions. `docs/coroutines.md` explains the rows.
 
+mod support {
+    pub mod chart;
+    pub mod cpu_time;
+}
+
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::VecDeque;
-use std::fmt::Write as _;
 use std::future::Future;
 use std::hint::black_box;
 use std::pin::Pin;
@@ -20,6 +24,9 @@ use coblock_coroutine::{Coroutine, CoroutineOptions, Ready, Schedule, State, Wak
 use corosensei::Yielder;
 use corosensei::stack::DefaultStack;
 use generator::{Gn, LocalGenerator, Scope};
+
+use support::chart::chart;
+use support::cpu_time::cpu_ns;
 
 /// A library under test: create, enter, suspend, and reuse of stacks as it offers it.
 trait Lib: 'static {
@@ -554,7 +561,7 @@ fn main() {
     if let [svg, file] = &args[..]
         && svg == "--svg"
     {
-        std::fs::write(file, chart(&names, &of)).expect("the chart can be written");
+        std::fs::write(file, chart(&names, SUBJECTS, &of)).expect("the chart can be written");
     }
 }
 
@@ -588,40 +595,6 @@ fn tell_memory(n: usize) {
     std::mem::forget(all);
 }
 
-/// Bars, one group a row, on a logarithmic scale from 1 ns to 10 us.
-fn chart(rows: &[&str], of: &dyn Fn(&str, &str) -> Option<f64>) -> String {
-    const COLOURS: [&str; 5] = ["#bbbbbb", "#7fb3d5", "#f0b27a", "#c39bd3", "#27ae60"];
-    let width = |ns: f64| (ns.max(1.0).log10() * 140.0 + 4.0).min(600.0);
-    let mut bars = String::new();
-    let mut y = 50;
-    for row in rows {
-        let _ = writeln!(
-            bars,
-            "<text x='10' y='{}' font-weight='bold'>{row}</text>",
-            y + 12
-        );
-        for (subject, colour) in SUBJECTS.iter().zip(COLOURS) {
-            let Some(ns) = of(row, subject) else { continue };
-            let w = width(ns);
-            let _ = writeln!(
-                bars,
-                "<rect x='150' y='{y}' width='{w:.0}' height='13' fill='{colour}'/>\
-                 <text x='{:.0}' y='{}'>{ns:.1} {subject}</text>",
-                w + 155.0,
-                y + 11
-            );
-            y += 16;
-        }
-        y += 10;
-    }
-    format!(
-        "<svg xmlns='http://www.w3.org/2000/svg' width='860' height='{y}' \
-         font-family='sans-serif' font-size='12'>\n<rect width='860' height='{y}' fill='white'/>\n\
-         <text x='10' y='20' font-size='15'>CPU nanoseconds per operation (logarithmic)</text>\n\
-         {bars}</svg>\n"
-    )
-}
-
 thread_local!(static EXCLUDED: Cell<f64> = const { Cell::new(0.0) });
 
 /// Runs `f` outside of what is measured: setting up and taking down.
@@ -630,20 +603,4 @@ fn untimed<R>(f: impl FnOnce() -> R) -> R {
     let took = cpu_ns(|| answer = Some(f()));
     EXCLUDED.set(EXCLUDED.get() + took);
     answer.expect("it ran")
-}
-
-/// CPU time of this thread.
-fn cpu_ns(f: impl FnOnce()) -> f64 {
-    fn now() -> f64 {
-        let mut t = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        // SAFETY: writes to our own timespec.
-        unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
-        t.tv_sec as f64 * 1e9 + t.tv_nsec as f64
-    }
-    let start = now();
-    f();
-    now() - start
 }

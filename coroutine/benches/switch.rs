@@ -5,12 +5,18 @@
 //! a function call; a word after `--` runs only the rows that contain it. With `once ROW N` it runs
 //! one body N times and prints nothing, for counting instructions.
 
+mod support {
+    pub mod cpu_time;
+}
+
 use std::cell::Cell;
 use std::hint::black_box;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use coblock_coroutine::{Co, Coroutine, IoWait, Ready, Schedule, State, start};
+
+use support::cpu_time::cpu_ns;
 
 /// A body runs what it measures `n` times.
 type Body = fn(u64);
@@ -75,22 +81,6 @@ fn main() {
         println!("{name:<50} {ns:>9.2} {:>9.1}", ns / call);
     }
     println!("{:?}", coblock_coroutine::stats());
-}
-
-/// CPU time of this thread.
-fn cpu_ns(f: impl FnOnce()) -> f64 {
-    fn now() -> f64 {
-        let mut t = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        // SAFETY: writes to our own timespec.
-        unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
-        t.tv_sec as f64 * 1e9 + t.tv_nsec as f64
-    }
-    let start = now();
-    f();
-    now() - start
 }
 
 #[inline(never)]
