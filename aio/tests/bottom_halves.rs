@@ -3,7 +3,7 @@
 
 mod support;
 
-use coblock_aio::BottomHalf;
+use coblock_aio::{BottomHalf, Home};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,17 +12,21 @@ use support::{Count, Log, each_drive, quiet};
 /// A bottom half that its own callback can reach.
 type OwnHalf = Arc<Mutex<Option<BottomHalf>>>;
 
+/// A bottom half that counts how often it has run.
+fn counted(home: &Home) -> (Count, BottomHalf) {
+    let runs = Count::default();
+    let count = runs.clone();
+    let half = home.context().bottom_half("half", move || {
+        count.add();
+    });
+    (runs, half)
+}
+
 /// Rule 3.2: not before the poll, once, progress once. (/aio/bh/schedule)
 #[test]
 fn schedule() {
     each_drive(|home, drive| {
-        let runs = Count::default();
-        let half = home.context().bottom_half("half", {
-            let runs = runs.clone();
-            move || {
-                runs.add();
-            }
-        });
+        let (runs, half) = counted(home);
         half.schedule();
         half.schedule();
         assert_eq!(runs.get(), 0);
@@ -59,13 +63,7 @@ fn schedule_from_its_own_callback() {
 #[test]
 fn cancel() {
     each_drive(|home, drive| {
-        let runs = Count::default();
-        let half = home.context().bottom_half("half", {
-            let runs = runs.clone();
-            move || {
-                runs.add();
-            }
-        });
+        let (runs, half) = counted(home);
         half.schedule();
         assert!(half.cancel());
         assert!(!half.cancel(), "nothing left to cancel");
@@ -81,13 +79,7 @@ fn cancel() {
 #[test]
 fn delete() {
     each_drive(|home, drive| {
-        let runs = Count::default();
-        let half = home.context().bottom_half("half", {
-            let runs = runs.clone();
-            move || {
-                runs.add();
-            }
-        });
+        let (runs, half) = counted(home);
         half.schedule();
         half.delete();
         quiet(drive);
@@ -128,13 +120,7 @@ fn delete_in_its_own_callback() {
 #[test]
 fn flush() {
     each_drive(|home, drive| {
-        let runs = Count::default();
-        let half = home.context().bottom_half("half", {
-            let runs = runs.clone();
-            move || {
-                runs.add();
-            }
-        });
+        let (runs, half) = counted(home);
         half.schedule();
         assert!(drive.poll(true));
         assert_eq!(runs.get(), 1);
@@ -227,13 +213,7 @@ fn nested_poll_may_call_the_same_half() {
 #[test]
 fn idle() {
     each_drive(|home, drive| {
-        let runs = Count::default();
-        let half = home.context().bottom_half("idle", {
-            let runs = runs.clone();
-            move || {
-                runs.add();
-            }
-        });
+        let (runs, half) = counted(home);
         half.schedule_idle();
         let began = Instant::now();
         assert!(!drive.poll(true), "an idle one is no progress");
