@@ -71,162 +71,75 @@ pub enum Goal {
 
 /// The rows, those with a target first.
 pub const ROWS: [Row; 12] = [
-    Row {
-        name: "read cached d32",
-        image: Image::Full,
-        write: false,
-        direct: false,
-        depth: 32,
-        count: 400_000,
-        least: 0,
-        goals: &[
+    reads("read cached d32", Image::Full, 32, 400_000)
+        .goals(&[
             Goal::CpuToFloor(1.25),
             Goal::CpuToQemu(0.55),
             Goal::RateToBest,
-        ],
-        cell: true,
-    },
-    Row {
-        name: "read cached d1",
-        image: Image::Full,
-        write: false,
-        direct: false,
-        depth: 1,
-        count: 300_000,
-        least: 0,
-        goals: &[
+        ])
+        .cell(),
+    reads("read cached d1", Image::Full, 1, 300_000)
+        .goals(&[
             Goal::CpuToFloor(1.1),
             Goal::CpuToQemu(0.9),
             Goal::RateToBest,
-        ],
-        cell: true,
-    },
-    Row {
-        name: "read direct d32",
-        image: Image::Full,
-        write: false,
-        direct: true,
-        depth: 32,
-        count: 100_000,
-        least: 0,
-        goals: &[
+        ])
+        .cell(),
+    reads("read direct d32", Image::Full, 32, 100_000)
+        .direct()
+        .goals(&[
             Goal::CpuToFloor(1.15),
             Goal::RateToFloor(0.95),
             Goal::CpuToQemu(0.9),
             Goal::RateToBest,
-        ],
-        cell: true,
-    },
-    Row {
-        name: "write direct d32",
-        image: Image::Own,
-        write: true,
-        direct: true,
-        depth: 32,
-        count: 100_000,
-        least: 0,
-        goals: &[
+        ])
+        .cell(),
+    writes("write direct d32", Image::Own, 32, 100_000)
+        .direct()
+        .goals(&[
             Goal::CpuToFloor(1.15),
             Goal::CpuToQemu(0.9),
             Goal::RateToBest,
-        ],
-        cell: true,
-    },
-    Row {
-        name: "allocate direct d32",
-        image: Image::Fresh,
-        write: true,
-        direct: true,
-        depth: 32,
-        count: 16_384,
-        least: 0,
-        goals: &[Goal::CpuToQemu(0.2), Goal::RateToBest],
-        cell: false,
-    },
-    Row {
-        name: "allocate tmpfs d32",
-        image: Image::FreshInMemory,
-        write: true,
-        direct: false,
-        depth: 32,
-        count: 16_384,
-        least: 0,
-        goals: &[Goal::CpuToQemu(0.1), Goal::CpuToBest, Goal::RateToBest],
-        cell: false,
-    },
-    Row {
-        name: "chain direct d32",
-        image: Image::Chain,
-        write: false,
-        direct: true,
-        depth: 32,
-        count: 100_000,
-        least: 0,
+        ])
+        .cell(),
+    writes("allocate direct d32", Image::Fresh, 32, 16_384)
+        .direct()
+        .goals(&[Goal::CpuToQemu(0.2), Goal::RateToBest]),
+    writes("allocate tmpfs d32", Image::FreshInMemory, 32, 16_384).goals(&[
+        Goal::CpuToQemu(0.1),
+        Goal::CpuToBest,
+        Goal::RateToBest,
+    ]),
+    reads("chain direct d32", Image::Chain, 32, 100_000)
+        .direct()
         // 0.35 s for 100 000 requests where the floor of a plain direct read costs 0.236.
-        goals: &[Goal::CpuToFloor(1.48), Goal::RateToBest],
-        cell: false,
-    },
-    Row {
-        name: "sparse direct d32",
-        image: Image::Sparse(1024),
-        write: false,
-        direct: true,
-        depth: 32,
-        count: 50_000,
-        least: 50_000,
+        .goals(&[Goal::CpuToFloor(1.48), Goal::RateToBest]),
+    reads("sparse direct d32", Image::Sparse(1024), 32, 50_000)
+        .direct()
+        .least(50_000)
         // 0.5 s for 100 000 requests where this row's floor costs 0.254.
-        goals: &[
+        .goals(&[
             Goal::CpuToFloor(1.97),
             Goal::ResidentMib(40.0),
             Goal::RateToBest,
-        ],
-        cell: false,
-    },
-    Row {
-        name: "read direct d1",
-        image: Image::Full,
-        write: false,
-        direct: true,
-        depth: 1,
-        count: 20_000,
-        least: 0,
-        goals: &[Goal::CpuToQemu(0.9), Goal::RateToQemu],
-        cell: true,
-    },
-    Row {
-        name: "write direct d1",
-        image: Image::Own,
-        write: true,
-        direct: true,
-        depth: 1,
-        count: 20_000,
-        least: 0,
-        goals: &[Goal::CpuToQemu(0.9), Goal::RateToQemu],
-        cell: true,
-    },
-    Row {
-        name: "write cached d32",
-        image: Image::Own,
-        write: true,
-        direct: false,
-        depth: 32,
-        count: 100_000,
-        least: 0,
-        goals: &[Goal::CpuToQemu(0.9), Goal::RateToQemu],
-        cell: true,
-    },
-    Row {
-        name: "write cached d1",
-        image: Image::Own,
-        write: true,
-        direct: false,
-        depth: 1,
-        count: 50_000,
-        least: 0,
-        goals: &[Goal::CpuToQemu(0.9), Goal::RateToQemu],
-        cell: true,
-    },
+        ]),
+    reads("read direct d1", Image::Full, 1, 20_000)
+        .direct()
+        .goals(AS_QEMU)
+        .cell(),
+    writes("write direct d1", Image::Own, 1, 20_000)
+        .direct()
+        .goals(AS_QEMU)
+        .cell(),
+    writes("write cached d32", Image::Own, 32, 100_000)
+        .goals(AS_QEMU)
+        .cell(),
+    writes("write cached d1", Image::Own, 1, 50_000)
+        .goals(AS_QEMU)
+        .cell(),
 ];
+
+const AS_QEMU: &[Goal] = &[Goal::CpuToQemu(0.9), Goal::RateToQemu];
 
 /// What `--sweep` measures: the size of the image, then the number of requests in flight.
 pub const SWEEP: [Row; 11] = [
@@ -245,34 +158,60 @@ pub const SWEEP: [Row; 11] = [
 ];
 
 const fn sized(name: &'static str, gib: u64) -> Row {
+    // Of these, up to 16 384 are the first of their slice of mapping, which the floor has read
+    // before its clock starts.
+    reads(name, Image::Sparse(gib), 32, 600_000).goals(&[Goal::GrowsAsFloor("size 1 GiB")])
+}
+
+const fn deep(name: &'static str, depth: u64) -> Row {
+    // Each of those in flight sends a hundred at least: the first one of each takes the page
+    // faults of its stack and buffer.
+    let count = if depth > 2_000 { 100 * depth } else { 200_000 };
+    reads(name, Image::Full, depth, count).goals(&[Goal::GrowsAsFloor("depth 32")])
+}
+
+/// Reads through the page cache.
+const fn reads(name: &'static str, image: Image, depth: u64, count: u64) -> Row {
     Row {
         name,
-        image: Image::Sparse(gib),
+        image,
         write: false,
         direct: false,
-        depth: 32,
-        // Of these, up to 16 384 are the first of their slice of mapping, which the floor has read
-        // before its clock starts.
-        count: 600_000,
+        depth,
+        count,
         least: 0,
-        goals: &[Goal::GrowsAsFloor("size 1 GiB")],
+        goals: &[],
         cell: false,
     }
 }
 
-const fn deep(name: &'static str, depth: u64) -> Row {
+/// Writes through the page cache.
+const fn writes(name: &'static str, image: Image, depth: u64, count: u64) -> Row {
     Row {
-        name,
-        image: Image::Full,
-        write: false,
-        direct: false,
-        depth,
-        // Each of those in flight sends a hundred at least: the first one of each takes the page
-        // faults of its stack and buffer.
-        count: if depth > 2_000 { 100 * depth } else { 200_000 },
-        least: 0,
-        goals: &[Goal::GrowsAsFloor("depth 32")],
-        cell: false,
+        write: true,
+        ..reads(name, image, depth, count)
+    }
+}
+
+/// Making a row.
+impl Row {
+    const fn direct(self) -> Row {
+        Row {
+            direct: true,
+            ..self
+        }
+    }
+
+    const fn least(self, least: u64) -> Row {
+        Row { least, ..self }
+    }
+
+    const fn goals(self, goals: &'static [Goal]) -> Row {
+        Row { goals, ..self }
+    }
+
+    const fn cell(self) -> Row {
+        Row { cell: true, ..self }
     }
 }
 
