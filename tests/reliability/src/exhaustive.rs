@@ -7,11 +7,10 @@
 
 use coblock::block::RequestFlags;
 
-use super::crash::{Counted, Sample, cut_everywhere};
-use super::judge::{Judge, Verdict};
+use super::crash::{Counted, Sample};
 use super::parallel::each;
 use super::part::{Figure, Part, Plan, Report};
-use super::play::play;
+use super::power_cuts::judge_cuts;
 use super::script::{Op, Script, Setting};
 
 /// This part.
@@ -111,21 +110,10 @@ pub fn scripts(longest: usize) -> Vec<Script> {
     scripts
 }
 
-/// Plays a script and cuts the power at every place after what is durable.
-fn judge_script(script: &Script) -> Verdict<Counted> {
-    let mut played = play(script);
-    let judge = Judge::default();
-    let judged = judge
-        .after_all(&mut played)
-        .and_then(|()| cut_everywhere(&judge, &played, SAMPLE));
-    judge.end();
-    judged.map_err(|why| format!("{why}\n{script}"))
-}
-
 fn run(plan: &Plan, report: &mut Report) {
     let scripts = scripts(plan.scale.pick(1, 2, 3));
     let mut total = Counted::default();
-    for result in each(plan.jobs, &scripts, judge_script) {
+    for result in each(plan.jobs, &scripts, |script| judge_cuts(script, SAMPLE)) {
         match result.and_then(|judged| judged) {
             Ok(counted) => total.add(counted),
             Err(why) => report.fail(

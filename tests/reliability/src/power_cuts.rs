@@ -63,11 +63,19 @@ pub fn workload(seed: u64) -> Script {
 /// # Errors
 /// What an oracle says, and the script.
 pub fn judge_script(script: &Script) -> Verdict<Counted> {
+    judge_cuts(script, SAMPLE)
+}
+
+/// The same with another sample of the states.
+///
+/// # Errors
+/// As [`judge_script`].
+pub fn judge_cuts(script: &Script, sample: Sample) -> Verdict<Counted> {
     let mut played = play(script);
     let judge = Judge::default();
     let judged = judge
         .after_all(&mut played)
-        .and_then(|()| cut_everywhere(&judge, &played, SAMPLE));
+        .and_then(|()| cut_everywhere(&judge, &played, sample));
     judge.end();
     judged.map_err(|why| format!("{why}\n{script}"))
 }

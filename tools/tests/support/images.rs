@@ -47,20 +47,6 @@ pub fn same(lines: &[&str]) {
     let Some(programs) = Programs::find(FIXTURES) else {
         return;
     };
-    let mut wrong = Vec::new();
-    for line in lines {
-        let (theirs, ours) = (programs.reference(line), programs.ours(line));
-        if theirs != ours {
-            wrong.push(format!(
-                "== {line}\n-- reference\n{theirs}\n-- ours\n{ours}"
-            ));
-        }
-    }
-    assert!(
-        wrong.is_empty(),
-        "{} of {} differ\n{}",
-        wrong.len(),
-        lines.len(),
-        wrong.join("\n")
-    );
+    let lines: Vec<String> = lines.iter().map(|line| (*line).to_owned()).collect();
+    programs.compare(&lines, |theirs, ours| theirs != ours);
 }

@@ -74,6 +74,17 @@ pub fn have(program: &str) -> bool {
     matches!(run.status(), Ok(status) if status.success())
 }
 
+/// Do the two differ in more than the lines that say what was wrong and where, which only ours has?
+pub fn differs_but_for_causes(theirs: &Result_, ours: &Result_) -> bool {
+    let told = |result: &Result_| {
+        let mut lines = result.stderr.lines();
+        lines
+            .find(|line| line.starts_with("qemu-img: "))
+            .map(str::to_owned)
+    };
+    (&theirs.stdout, theirs.status, told(theirs)) != (&ours.stdout, ours.status, told(ours))
+}
+
 impl Programs {
     /// Makes the images, once; `None`, said aloud, without the reference.
     pub fn find(fixtures: &[&str]) -> Option<Self> {
