@@ -5,7 +5,7 @@
 //!               callback        for callers with callbacks (rule 2.4)
 //!               backend         BlockBackend: the user's handle
 //!   nodes       open, gate      from options to nodes; files that an image names
-//!               drivers/        file, raw, null-co, sim, throttle
+//!               drivers/        file, raw, null-co, sim, and the filters throttle and copy-on-read
 //!               io/             a request's way through a node: align, serialise, split, bounce, copy, flush, status
 //!               node, child, driver     these three know each other
 //!               drain           drained sections: nothing new comes, nothing is in flight (5.1 to 5.11)
@@ -15,6 +15,23 @@
 //!               request_table   requests in flight, who waits for whom
 //!               graph_lock      readers in every context, one writer in the main one (7.1 to 7.8)
 //!               options, error, types, sync
+//! ```
+//! ```
+//! use coblock_aio::{ContextOptions, Home};
+//! use coblock_block::{BlockBackend, DenyAll, DriverRegistry, Graph, Options, RequestFlags, open};
+//!
+//! let home = Home::new(ContextOptions::named("main"))?;
+//! let graph = Graph::new(home.context());
+//! let drivers = DriverRegistry::with_builtin();
+//! let options = Options::new().with("driver", "null-co").with("size", "1M");
+//! home.run(|co| {
+//!     let disk = BlockBackend::new(&graph, open(co, &graph, &drivers, &DenyAll, options)?);
+//!     disk.pwrite(co, 4096, &[1; 512][..], RequestFlags::empty())?;
+//!     disk.flush(co)?;
+//!     disk.close(co)
+//! })?;
+//! home.close();
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //! A request is a function call down and a return up; `co: &Co` in a signature means that it may
 //! suspend. Each carries a `&GraphRead`, the proof that edges stay. An edge owns downward,

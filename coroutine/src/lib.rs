@@ -4,6 +4,20 @@
 //! *suspends* its coroutine, and the event loop *resumes* it when the kernel is done. `co: &Co` in
 //! a signature means "may suspend".
 //!
+//! ```
+//! use coblock_coroutine::{Coroutine, State};
+//!
+//! let count = Coroutine::new(|co| {
+//!     for _ in 0..2 {
+//!         co.suspend();
+//!     }
+//! })?;
+//! assert_eq!(count.enter(), State::Suspended);
+//! assert_eq!(count.enter(), State::Suspended);
+//! assert_eq!(count.enter(), State::Finished);
+//! # Ok::<(), coblock_coroutine::Error>(())
+//! ```
+//!
 //! ```text
 //!   sync        CoMutex, CoQueue, CoRwLock: locks that suspend (rules 4.1 to 4.3);
 //!               ThreadLock: one that must not be held over a suspend

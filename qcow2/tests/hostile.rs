@@ -138,7 +138,7 @@ fn the_table_of_weaknesses_is_whole() {
 #[test]
 fn hostile_images() {
     let _alone = alone();
-    let verbose = std::env::var_os("VERBOSE").is_some();
+    let verbose = std::env::var_os("COBLOCK_TEST_VERBOSE").is_some();
     // A program that counts its lines or checks its accesses is slower and larger.
     let more = std::env::var_os("COBLOCK_TEST_INSTRUMENTED").map_or(1, |_| 20);
     for case in cases() {

@@ -8,12 +8,12 @@ use super::rng::Rng;
 use super::{get32, get64, put32, put64, qemu_img, qemu_io, text};
 use std::path::Path;
 
-/// Seeds to run: `DAMAGE_SEEDS=FROM..TO`, or so many of every day.
+/// Seeds to run: `COBLOCK_TEST_DAMAGE=FROM..TO`, or so many of every day.
 pub fn seeds(usual: u64) -> std::ops::Range<u64> {
-    let Ok(given) = std::env::var("DAMAGE_SEEDS") else {
+    let Ok(given) = std::env::var("COBLOCK_TEST_DAMAGE") else {
         return 0..usual;
     };
-    let (from, to) = given.split_once("..").expect("DAMAGE_SEEDS=FROM..TO");
+    let (from, to) = given.split_once("..").expect("COBLOCK_TEST_DAMAGE=FROM..TO");
     from.parse().unwrap()..to.parse().unwrap()
 }
 
