@@ -13,7 +13,9 @@ pub fn seeds(usual: u64) -> std::ops::Range<u64> {
     let Ok(given) = std::env::var("COBLOCK_TEST_DAMAGE") else {
         return 0..usual;
     };
-    let (from, to) = given.split_once("..").expect("COBLOCK_TEST_DAMAGE=FROM..TO");
+    let (from, to) = given
+        .split_once("..")
+        .expect("COBLOCK_TEST_DAMAGE=FROM..TO");
     from.parse().unwrap()..to.parse().unwrap()
 }
 
