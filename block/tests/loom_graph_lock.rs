@@ -122,18 +122,26 @@ fn bounded() -> loom::model::Builder {
     builder
 }
 
-fn reader_against_writer() {
+/// What one reader does while a writer writes; both have ended then.
+fn beside_a_writer(reads: fn(&Arc<Model>)) -> Arc<Model> {
     let model = Model::new();
     let reader = {
         let model = model.clone();
-        thread::spawn(move || {
-            model.enter(0);
-            model.look();
-            model.leave(0);
-        })
+        thread::spawn(move || reads(&model))
     };
     model.write();
     reader.join().unwrap();
+    model
+}
+
+fn a_read(model: &Arc<Model>) {
+    model.enter(0);
+    model.look();
+    model.leave(0);
+}
+
+fn reader_against_writer() {
+    beside_a_writer(a_read);
 }
 
 /// Rules 7.2, 7.3: one reader, one writer: never together, and neither waits for ever.
@@ -168,22 +176,16 @@ fn two_readers_and_a_writer() {
 #[test]
 fn a_reader_that_moves() {
     bounded().check(|| {
-        let model = Model::new();
-        let reader = {
-            let model = model.clone();
-            thread::spawn(move || {
-                model.enter(0);
-                model.look();
-                let there = model.clone();
-                let moved = thread::spawn(move || {
-                    there.look();
-                    there.leave(1);
-                });
-                moved.join().unwrap();
-            })
-        };
-        model.write();
-        reader.join().unwrap();
+        beside_a_writer(|model| {
+            model.enter(0);
+            model.look();
+            let there = model.clone();
+            let moved = thread::spawn(move || {
+                there.look();
+                there.leave(1);
+            });
+            moved.join().unwrap();
+        });
     });
 }
 
@@ -192,19 +194,10 @@ fn a_reader_that_moves() {
 #[test]
 fn readers_one_after_the_other_against_a_writer() {
     bounded().check(|| {
-        let model = Model::new();
-        let reader = {
-            let model = model.clone();
-            thread::spawn(move || {
-                for _ in 0..2 {
-                    model.enter(0);
-                    model.look();
-                    model.leave(0);
-                }
-            })
-        };
-        model.write();
-        reader.join().unwrap();
+        beside_a_writer(|model| {
+            a_read(model);
+            a_read(model);
+        });
     });
 }
 
@@ -212,22 +205,16 @@ fn readers_one_after_the_other_against_a_writer() {
 #[test]
 fn a_context_that_dies_with_readers() {
     bounded().check(|| {
-        let model = Model::new();
-        let reader = {
-            let model = model.clone();
-            thread::spawn(move || {
-                model.enter(0);
-                model.look();
-                // It moves; its first context ends, and a new one takes the slot.
-                let mut orphans = model.queue.lock().unwrap();
-                *orphans = orphans.wrapping_add(model.counts[0].retire());
-                drop(orphans);
-                model.look();
-                model.leave(1);
-            })
-        };
-        model.write();
-        reader.join().unwrap();
+        let model = beside_a_writer(|model| {
+            model.enter(0);
+            model.look();
+            // It moves; its first context ends, and a new one takes the slot.
+            let mut orphans = model.queue.lock().unwrap();
+            *orphans = orphans.wrapping_add(model.counts[0].retire());
+            drop(orphans);
+            model.look();
+            model.leave(1);
+        });
         let orphans = *model.queue.lock().unwrap();
         assert_eq!(protocol::sum(model.counts.iter(), orphans), 0);
     });

@@ -1,7 +1,7 @@
 //! Development tasks: `cargo xtask TASK`, a module each.
 //!
 //! They run from anywhere inside the workspace and need nothing but cargo, for `bench` qemu-img,
-//! for `counts` valgrind, and for `coverage` the toolchain's component llvm-tools.
+//! for `counts` and `sanitize` valgrind, and for `coverage` the toolchain's component llvm-tools.
 
 mod bench;
 mod child;

@@ -21,8 +21,8 @@ Runs every part of the reliability machine and prints what each shows.
   --script FILE       plays this script, or the one of that name in scripts/, and cuts the power everywhere
   --power-cuts-of N   the same for the workload of a seed
   --faults-of N|FILE  every failure of the workload of a seed, or of a script
-  --json FILE         where the figures go (default: nowhere)
-  --docs FILE         where the page with the figures goes (default: nowhere)
+  --json FILE         where the figures go (of a run of everything: target/reliability.json)
+  --docs FILE         where the page with the figures goes (of a run of everything: docs/reliability.md)
 ";
 
 const SIM_USAGE: &str = "\
