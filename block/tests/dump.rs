@@ -3,13 +3,12 @@
 mod support;
 
 use coblock_block::drivers::sim::{Match, SimDisk};
-use coblock_block::{Drain, Options};
+use coblock_block::{BlockBackend, Drain, Options};
 use std::sync::Arc;
 use support::{PLAIN, World, end, settle, start};
 
-/// Nodes, edges, sections and requests in flight, in both languages; names are quoted.
-#[test]
-fn a_graph_is_dumped() {
+/// The node `top`, raw, on the simulated `disk`, with a backend.
+fn top_on_disk() -> (World, Arc<SimDisk>, Arc<BlockBackend>) {
     let world = World::simulated();
     let disk = SimDisk::new(4096);
     let options = Options::new()
@@ -19,6 +18,13 @@ fn a_graph_is_dumped() {
         .with("file.node-name", "disk")
         .with_object("file.disk", disk.clone());
     let backend = Arc::new(world.open(options).unwrap());
+    (world, disk, backend)
+}
+
+/// Nodes, edges, sections and requests in flight, in both languages; names are quoted.
+#[test]
+fn a_graph_is_dumped() {
+    let (world, disk, backend) = top_on_disk();
     let hold = disk.hold(Match::writes());
     let write = start(&world, &backend, |co, backend| {
         backend.pwrite(co, 512, &[1; 1024][..], PLAIN)
@@ -60,15 +66,7 @@ fn a_graph_is_dumped() {
 /// Who is stuck, and what each coroutine waits for, told together while nothing moves.
 #[test]
 fn requests_in_flight_are_dumped() {
-    let world = World::simulated();
-    let disk = SimDisk::new(4096);
-    let options = Options::new()
-        .with("driver", "raw")
-        .with("node-name", "top")
-        .with("file.driver", "sim")
-        .with("file.node-name", "disk")
-        .with_object("file.disk", disk.clone());
-    let backend = Arc::new(world.open(options).unwrap());
+    let (world, disk, backend) = top_on_disk();
     let idle = world.graph.dump_requests(false);
     assert!(idle.busy.is_empty() && idle.to_json().starts_with(r#"{"busy":[],"#));
     let hold = disk.hold(Match::writes());

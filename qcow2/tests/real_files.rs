@@ -45,6 +45,14 @@ fn qemu_img(args: &[&str]) -> Option<String> {
     }
 }
 
+/// What the reference reads from an image, in which its check finds nothing.
+fn read_by_the_reference(image: &str) -> Option<Vec<u8>> {
+    qemu_img(&["check", "-f", "qcow2", image])?;
+    let raw = format!("{image}.raw");
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", image, &raw])?;
+    Some(std::fs::read(raw).unwrap())
+}
+
 /// One random write at a time per coroutine, `depth` coroutines; no two of them overlap while in
 /// flight.
 fn write_randomly(
@@ -144,21 +152,7 @@ fn run(
     });
     drop(disk);
     assert_eq!(graph.live_nodes(), 0);
-    qemu_img(&["check", "-f", "qcow2", image])?;
-    let raw = dir.path().join("raw");
-    qemu_img(&[
-        "convert",
-        "-f",
-        "qcow2",
-        "-O",
-        "raw",
-        image,
-        raw.to_str().unwrap(),
-    ])?;
-    assert!(
-        std::fs::read(raw).unwrap() == *model.borrow(),
-        "read by the reference"
-    );
+    assert!(read_by_the_reference(image)? == *model.borrow());
     assert_eq!(home.context().live_coroutines(), 0);
     Some(stats)
 }
@@ -235,19 +229,7 @@ fn tables_grow_with_the_disk() {
         disk.close(co).unwrap();
     });
     assert_eq!(graph.live_nodes(), 0);
-    qemu_img(&["check", "-f", "qcow2", image]).unwrap();
-    let raw = dir.path().join("raw");
-    qemu_img(&[
-        "convert",
-        "-f",
-        "qcow2",
-        "-O",
-        "raw",
-        image,
-        raw.to_str().unwrap(),
-    ])
-    .unwrap();
-    let raw = std::fs::read(raw).unwrap();
+    let raw = read_by_the_reference(image).unwrap();
     assert_eq!(raw.len() as u64, size);
     for n in 0..64 {
         let at = (n * (size / 64)) as usize + 512;
@@ -279,7 +261,7 @@ fn compressed_images_are_read_and_overwritten() {
         "cluster_size=2M,compression_type=zstd,refcount_bits=64",
         "compat=0.10",
     ] {
-        let (raw, image, back) = (path("raw"), path("image"), path("back"));
+        let (raw, image) = (path("raw"), path("image"));
         let pack = [
             "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, &raw, &image,
         ];
@@ -316,10 +298,8 @@ fn compressed_images_are_read_and_overwritten() {
             disk.close(co).unwrap();
         });
         assert_eq!(graph.live_nodes(), 0);
-        qemu_img(&["check", "-f", "qcow2", &image]).unwrap();
-        qemu_img(&["convert", "-f", "qcow2", "-O", "raw", &image, &back]).unwrap();
         assert!(
-            std::fs::read(back).unwrap() == model,
+            read_by_the_reference(&image).unwrap() == model,
             "{options}: read by the reference"
         );
     }
@@ -342,7 +322,7 @@ fn zeroes_and_discards_obey_the_model() {
         (5, "compat=0.10", false),
         (6, "compat=0.10,cluster_size=4k", true),
     ] {
-        let (image, base, back) = (path("image"), path("base"), path("back"));
+        let (image, base) = (path("image"), path("base"));
         let mut create = vec!["create", "-q", "-f", "qcow2", "-o", options];
         if overlay {
             create.extend(["-b", &base, "-F", "raw"]);
@@ -378,10 +358,8 @@ fn zeroes_and_discards_obey_the_model() {
         });
         drop(disk);
         assert_eq!(graph.live_nodes(), 0);
-        qemu_img(&["check", "-f", "qcow2", &image]).unwrap();
-        qemu_img(&["convert", "-f", "qcow2", "-O", "raw", &image, &back]).unwrap();
         assert!(
-            std::fs::read(&back).unwrap() == *model.borrow(),
+            read_by_the_reference(&image).unwrap() == *model.borrow(),
             "{options}: the reference"
         );
         std::fs::remove_file(image).unwrap();
