@@ -34,7 +34,8 @@ impl RawSegment {
     };
 }
 
-/// What [`IoVec`](super::IoVec) and [`IoVecMut`](super::IoVecMut) have in common: which bytes, in which order.
+/// What [`IoVec`](super::IoVec) and [`IoVecMut`](super::IoVecMut) have in common: which bytes, in
+/// which order.
 #[derive(Clone, Copy)]
 pub(super) struct Span<'a> {
     /// Cut at the front and at the back, so its length never exceeds `len`.
