@@ -2,8 +2,6 @@
 
 mod support;
 
-use std::path::Path;
-
 use coblock_block::{ErrorKind, RequestFlags, Result};
 use flate2::{Compress, Compression, FlushCompress};
 use support::world::with_image;
