@@ -194,6 +194,8 @@ fn work(co: &Co, disk: &BlockBackend, id: u64) -> Result<Vec<u8>> {
 
 /// Rule 2.6 and 8.4's ground: three threads write, read and flush sectors of the same clusters of
 /// an overlay, whose clusters come from two images below. Nothing is lost, and the image is clean.
+/// (Whether one waits for another's allocation is up to the machine; contexts that are stepped do,
+/// above.)
 #[test]
 fn rule_2_6_threads_share_an_overlay() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -268,7 +270,6 @@ fn rule_2_6_threads_share_an_overlay() {
         let want = known.borrow()[id][nth];
         assert!(data.iter().all(|&b| b == want), "sector {sector}");
     }
-    assert!(stats(&disk).dependency_waits > 0, "they met in clusters");
     home.run(|co| disk.close(co)).unwrap();
     drop(disk);
     assert_eq!(graph.live_nodes(), 0);
