@@ -20,6 +20,7 @@ use coblock::block::drivers::sim::SimDisk;
 
 use super::image;
 use super::images::damage;
+use super::images::rng::Rng as Damages;
 use super::parallel::{each, message};
 use super::part::{Figure, Part, Plan, Report};
 use super::rng::Rng;
@@ -328,7 +329,7 @@ fn mutate_image(image: &mut Vec<u8>, rng: &mut Rng) {
     let whole = (9..=16).contains(&bits) && image.len() >= 1 << bits && image.len() >= 4096;
     let whole = whole && small;
     if whole && !rng.chance(20) {
-        damage::damage(image, &mut damage::Rng::new(rng.next()));
+        damage::damage(image, &mut Damages(rng.next() ^ 0x5eed));
         return;
     }
     for _ in 0..1 + rng.below(4) {
