@@ -4,7 +4,7 @@
 mod support;
 
 use coblock_aio::{AioContext, ContextOptions, Home};
-use coblock_block::drivers::sim::SimDisk;
+use coblock_block::drivers::sim::{Match, SimDisk};
 use coblock_block::throttle::{ThrottleConfig, ThrottleGroup};
 use coblock_block::{
     Action, BlockBackend, Device, Drain, Error, ErrorKind, GraphWrite, Options, Result, Transaction,
