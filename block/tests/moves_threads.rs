@@ -95,10 +95,12 @@ fn rule_8_3_a_context_ends_without_nodes() {
         error.to_string().contains("event loop 'io' has ended"),
         "{error}"
     );
-    // It reads and is closed as ever.
+    // It reads, is resized and is closed as ever.
     world
         .run(|co| backend.pread(co, 0, &mut [0; 512][..]))
         .unwrap();
+    world.run(|co| backend.resize(co, 128 << 10)).unwrap();
+    assert_eq!(backend.len(), 128 << 10);
     world.close(backend).unwrap();
     world.end();
 }

@@ -130,10 +130,10 @@ impl BlockBackend {
     }
 }
 
-/// Runs `f` in the home context of `node`. Suspends.
+/// Runs `f` in the home context of `node`, or here where that has ended. Suspends.
 fn in_home_of(co: &Co, node: &Node, f: impl FnOnce(&Co) -> Result<()> + Send) -> Result<()> {
     let home = node.home_context();
-    if home.is_current() {
+    if home.is_current() || home.has_ended() {
         return f(co);
     }
     let ran = coblock_aio::co::run_in(co, &home, "resize", f);
