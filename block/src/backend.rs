@@ -16,14 +16,14 @@ use crate::driver::Precision;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, GraphAccess, GraphRead};
 use crate::io::Status;
-use crate::node::{Node, close_unused};
+use crate::node::{Node, close_if_unused};
 use crate::request_table::{RequestKind, RequestTable, Tracked};
 use crate::throttle::ThrottleGroup;
 use crate::types::{Preallocation, RequestFlags, bytes};
 use coblock_aio::{AioContext, IoVec, IoVecMut};
 use coblock_coroutine::{Co, mutant};
 use root::Resuming;
-pub(crate) use root::Root;
+pub(crate) use root::{Root, Stopping};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -525,7 +525,7 @@ impl BlockBackend {
         self.root.set_throttle(None);
         self.root.requests.wait_idle(co);
         match self.detach() {
-            Some(node) => close_unused(co, &self.graph, node),
+            Some(node) => close_if_unused(co, &self.graph, node),
             None => Ok(()),
         }
     }
@@ -583,9 +583,10 @@ impl BlockBackend {
         self.root.operations()
     }
 
-    /// The device is not busy any more ([`Device::drained_poll`]): sections look again. Any thread.
+    /// The device is not busy any more ([`Device::drained_poll`]): sections look again. Any thread,
+    /// also in callbacks of the device.
     pub fn kick(&self) {
-        self.root.requests.kick();
+        self.graph.wake_outside(self.root.requests.take_kicked());
     }
 }
 

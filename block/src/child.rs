@@ -48,6 +48,7 @@ impl Child {
         });
         let parent: Arc<dyn Parent> = child.clone();
         if let Err(error) = node.add_user(&parent) {
+            // It never was a user: dropping it counts nobody down.
             child.detached.store(true, Ordering::Release);
             return Err(error);
         }

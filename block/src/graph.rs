@@ -23,6 +23,7 @@ pub use transaction::{Action, Reopen, Transaction};
 pub use write::GraphWrite;
 
 use crate::backend::Root;
+use crate::drain::InSection;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph_lock::{ContextSlot, GraphLock, MAX_CONTEXTS, ReadLocked, TooManyContexts};
 use crate::node::Node;
@@ -31,10 +32,8 @@ use coblock_aio::{AioContext, AioWait};
 use coblock_coroutine::{Co, Schedule, ThreadLock, WakeHandle, mutant};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::panic::Location;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::thread::ThreadId;
 
 #[derive(Default)]
 struct Nodes {
@@ -52,8 +51,8 @@ pub struct Graph {
     /// How many sections of all nodes there are. Whatever changes who is quiesced, and edges
     /// through which that spreads, is under this lock; see `drain.rs`.
     pub(crate) sections: ThreadLock<u32>,
-    /// Who is under that lock, and since where: for a message.
-    pub(crate) inside_section: ThreadLock<Option<(ThreadId, &'static Location<'static>)>>,
+    /// Who is under that lock, and who is to be woken afterwards.
+    pub(crate) inside_section: ThreadLock<Option<InSection>>,
     changing: Changing,
     /// Coroutines that want to write and wait for readers to leave.
     writers: Arc<ThreadLock<Waiting>>,

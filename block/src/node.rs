@@ -9,7 +9,7 @@
 
 mod serving;
 
-use crate::backend::Device;
+use crate::backend::Stopping;
 use crate::child::Child;
 use crate::drain::{Busy, Collected, Parent, Section};
 use crate::driver::Driver;
@@ -171,10 +171,14 @@ impl Node {
     /// One more user, which is quiesced if the node is drained (rule 5.4).
     ///
     /// # Errors
-    /// When its permissions do not go together with those of others; it is no user then.
+    /// `Closed` for a node that is being closed, else when its permissions do not go together with
+    /// those of others; it is no user then.
     #[track_caller]
     pub(crate) fn add_user(self: &Arc<Node>, parent: &Arc<dyn Parent>) -> Result<()> {
         self.in_section(|section| {
+            if self.requests.is_closed() {
+                return Err(self.closed());
+            }
             self.enter(parent);
             let Some(section) = section else {
                 return Ok(());
@@ -399,11 +403,22 @@ impl Node {
         }
     }
 
-    /// Waits for nothing in flight, flushes, closes the driver (rule 5.7). Later calls do nothing.
+    /// Lets nobody use it any more, if nobody does: one step, so that nobody comes in between. The
+    /// caller closes it.
+    fn begin_close(&self) -> Closing {
+        self.in_section(|_| {
+            if self.users() != 0 {
+                Closing::InUse
+            } else if self.requests.close() {
+                Closing::Ours
+            } else {
+                Closing::Begun
+            }
+        })
+    }
+
+    /// Waits for nothing in flight, flushes, closes the driver (rule 5.7). Once, by who began it.
     fn close(&self, co: &Co, graph: &GraphRead<'_>) -> Result<()> {
-        if !self.requests.close() {
-            return Ok(());
-        }
         self.requests.wait_idle(co);
         // Both are done whatever happens; the first failure is told.
         let flushed = if self.is_read_only() {
@@ -427,16 +442,41 @@ impl Node {
     }
 }
 
+/// What became of the wish to close a node.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    /// Somebody uses it.
+    InUse,
+    /// The caller closes it.
+    Ours,
+    /// Somebody closes it, or did.
+    Begun,
+}
+
 /// Closes a node without users, then what only it used. Suspends; returns the first failure after
-/// having closed all.
+/// having closed all. Nobody can become a user of the node from the moment of this call on.
 ///
 /// # Errors
 /// `InUse` when somebody uses it, then nothing was done; else what flushing or a driver's close
 /// returned.
 pub fn close_unused(co: &Co, graph: &Arc<Graph>, node: Arc<Node>) -> Result<()> {
-    if node.users() != 0 {
-        return Err(node.locate(Error::new(ErrorKind::InUse, "The node is in use")));
+    match node.begin_close() {
+        Closing::InUse => Err(node.locate(Error::new(ErrorKind::InUse, "The node is in use"))),
+        Closing::Ours => close_begun(co, graph, node),
+        Closing::Begun => Ok(()),
     }
+}
+
+/// The same for who has just lost the last user: nothing if another one came meanwhile, which will
+/// close it.
+pub(crate) fn close_if_unused(co: &Co, graph: &Arc<Graph>, node: Arc<Node>) -> Result<()> {
+    match node.begin_close() {
+        Closing::Ours => close_begun(co, graph, node),
+        Closing::InUse | Closing::Begun => Ok(()),
+    }
+}
+
+fn close_begun(co: &Co, graph: &Arc<Graph>, node: Arc<Node>) -> Result<()> {
     let mut result = Ok(());
     let mut unused = vec![node];
     let guard = graph.read(co);
@@ -446,7 +486,8 @@ pub fn close_unused(co: &Co, graph: &Arc<Graph>, node: Arc<Node>) -> Result<()> 
         at += 1;
         result = result.and(node.close(co, &guard));
         for child in node.children(&guard) {
-            unused.extend(child.detach());
+            let below = child.detach();
+            unused.extend(below.filter(|below| below.begin_close() == Closing::Ours));
         }
     }
     drop(guard);
@@ -505,14 +546,14 @@ impl Node {
     pub(crate) fn quiesce_with_devices(
         &self,
         section: &mut Section<'_>,
-        devices: &mut Vec<Arc<dyn Device>>,
+        devices: &mut Vec<Stopping>,
     ) {
         let is_first = self.count_section(1) == 0;
         self.each_parent(section, |parent, section| {
             if is_first {
                 parent.drained_begin(section);
             }
-            devices.extend(parent.device());
+            devices.extend(parent.clone().stops_threads());
         });
         if is_first {
             self.tell_driver(|driver| driver.drained_begin());

@@ -16,7 +16,7 @@ use crate::driver::DriverRegistry;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gate::{Dependent, OpenGate};
 use crate::graph::Graph;
-use crate::node::{Node, close_unused};
+use crate::node::{Node, close_if_unused};
 use crate::options::Options;
 use crate::types::{ChildRole, FileId, Perm, Permissions};
 use coblock_coroutine::{Co, Hold};
@@ -35,7 +35,7 @@ const MAX_NESTING: usize = 16;
 /// `cache` unless they say otherwise. `share-rw=off` at the top keeps others from writing.
 ///
 /// Suspends. The node has no user yet: give it to a [`BlockBackend`](crate::BlockBackend), or to
-/// [`close_unused`].
+/// [`close_unused`](crate::close_unused).
 ///
 /// # Errors
 /// An option that is wrong, missing or known to nobody; what the host or a driver says; what the
@@ -143,9 +143,7 @@ fn open_for(
 
 /// After an error that is already being told.
 fn close_quietly(co: &Co, graph: &Arc<Graph>, node: Arc<Node>) {
-    if node.users() == 0
-        && let Err(error) = close_unused(co, graph, node)
-    {
+    if let Err(error) = close_if_unused(co, graph, node) {
         log::warn!("closing what a failed open had opened: {error}");
     }
 }

@@ -546,17 +546,19 @@ impl RequestTable {
         });
     }
 
-    fn wake_those(&self, mut ours: impl FnMut(&Wait) -> bool) {
+    fn wake_those(&self, ours: impl FnMut(&Wait) -> bool) {
+        for wake in self.take_those(ours) {
+            wake.wake();
+        }
+    }
+
+    fn take_those(&self, mut ours: impl FnMut(&Wait) -> bool) -> Vec<Wake> {
         if mutant!("a request that ends wakes nobody") {
-            return;
+            return Vec::new();
         }
-        let woken: Vec<Wait> = {
-            let mut waits = self.waits.lock();
-            waits.list.extract_if(.., |wait| ours(wait)).collect()
-        };
-        for wait in woken {
-            wait.wake.wake();
-        }
+        let mut waits = self.waits.lock();
+        let woken = waits.list.extract_if(.., |wait| ours(wait));
+        woken.map(|wait| wait.wake).collect()
     }
 }
 

@@ -3,11 +3,11 @@
 
 mod support;
 
-use coblock_aio::EngineKind;
+use coblock_aio::{ContextOptions, EngineKind, Home, IoThread};
 use coblock_block::drivers::sim::{Match, SimDisk};
 use coblock_block::{BlockBackend, Drain, Drained, ErrorKind, Transaction};
 use coblock_coroutine::Co;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -332,4 +332,87 @@ fn sections_wait_for_callbacks_of_a_backend_without_a_node() {
         drop((section, backend));
         world.end();
     }
+}
+
+/// Rules 5.1, 5.11: a section of a backend is one of the node that the backend has when it begins. A
+/// coroutine elsewhere once chose the node when it asked, so that a transaction that came first left
+/// the backend unquiesced.
+#[test]
+fn rule_5_11_a_backend_that_gets_another_node_is_drained_there() {
+    // At every moment of the transaction.
+    for moment in 0..16 {
+        let world = world();
+        let (_, backend) = disk(&world, "disk");
+        let (to, _) = filter(&world, "to", "disk");
+        let other = Home::new(ContextOptions {
+            engine: EngineKind::None,
+            ..ContextOptions::named("other")
+        })
+        .unwrap();
+        world.home.spawn("transaction", {
+            let (graph, to) = (world.graph.clone(), to.clone());
+            move |co| Transaction::new(&graph).insert(&to).run(co).unwrap()
+        });
+        for _ in 0..moment {
+            world.home.poll(false);
+        }
+        let drained = Rc::new(Cell::new(false));
+        other.spawn("drainer", {
+            let (backend, drained) = (backend.clone(), drained.clone());
+            move |co| {
+                let section = backend.drain(co);
+                assert!(backend.is_quiesced(), "at moment {moment}");
+                drop(section);
+                drained.set(true);
+            }
+        });
+        while world.home.poll(false) | other.poll(false) {}
+        assert!(drained.get());
+        assert!(Arc::ptr_eq(&backend.node(), &to) && !backend.is_quiesced());
+        other.close();
+        drop(to);
+        end(world, backend);
+    }
+}
+
+/// Rule 5.11: a resize with a graph guard held is refused, also while a transaction waits for just this
+/// reader. It once waited for the transaction, which waited for it.
+#[test]
+fn rule_5_11_a_reader_that_resizes_is_refused_at_once() {
+    let world = world();
+    let (_, backend) = disk(&world, "disk");
+    let (top, _) = filter(&world, "top", "disk");
+    let leave = Rc::new(Cell::new(false));
+    let refused = Rc::new(RefCell::new(String::new()));
+    world.home.spawn("reader", {
+        let (graph, backend) = (world.graph.clone(), backend.clone());
+        let (leave, refused) = (leave.clone(), refused.clone());
+        move |co| {
+            let guard = graph.read(co);
+            while !leave.get() {
+                coblock_aio::co::reschedule(co);
+            }
+            let resize = std::panic::AssertUnwindSafe(|| backend.resize(co, 4096));
+            let panic = std::panic::catch_unwind(resize).expect_err("it is refused");
+            *refused.borrow_mut() = *panic.downcast::<String>().expect("a message");
+            drop(guard);
+        }
+    });
+    world.home.spawn("transaction", {
+        let (graph, top) = (world.graph.clone(), top.clone());
+        move |co| Transaction::new(&graph).insert(&top).run(co).unwrap()
+    });
+    for _ in 0..20 {
+        world.home.poll(false);
+    }
+    assert!(
+        !Arc::ptr_eq(&backend.node(), &top),
+        "it waits for the reader"
+    );
+    leave.set(true);
+    settle(&world);
+    assert!(refused.borrow().contains("rule 5.11"), "{refused:?}");
+    assert!(Arc::ptr_eq(&backend.node(), &top));
+    drop(top);
+    end(world, backend);
 }

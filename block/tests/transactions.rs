@@ -146,6 +146,32 @@ fn rule_8_2_all_or_nothing() {
     end(world, backend);
 }
 
+/// Rule 8.2: a transaction is run once. What had failed was gone, and a second run of nothing went well.
+#[test]
+fn rule_8_2_a_transaction_is_run_once() {
+    let world = world();
+    let (_, backend) = disk(&world, "disk");
+    let (top, _) = filter(&world, "filter", "disk");
+    let notes = Arc::new(ThreadLock::new(Vec::new()));
+    for fails in [true, false] {
+        let mut transaction = Transaction::new(&world.graph);
+        let action = Box::new(Noted {
+            name: "a",
+            fails,
+            notes: notes.clone(),
+        });
+        transaction.insert(&top).action(&[], action);
+        let first = world.run(|co| transaction.run(co));
+        assert_eq!(first.is_err(), fails);
+        let again = world.run(|co| transaction.run(co)).unwrap_err();
+        assert_eq!(again.kind(), ErrorKind::Invalid);
+        assert!(again.to_string().contains("run again"), "{again}");
+    }
+    assert!(Arc::ptr_eq(&backend.node(), &top));
+    drop(top);
+    end(world, backend);
+}
+
 /// Rule 8.2: what an embedder cannot know beforehand is a typed error, and nothing has changed.
 #[test]
 fn rule_8_2_refusals_are_typed() {

@@ -2,7 +2,7 @@
 
 use super::BlockBackend;
 use super::root::Root;
-use crate::drain::{Drain, Parent};
+use crate::drain::{Drain, Parent, refuse_guard};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, Transaction, take_permissions};
 use crate::node::Node;
@@ -19,7 +19,8 @@ impl BlockBackend {
     /// node was opened for; later ones read, write what is not read-only, and let others do anything.
     ///
     /// # Panics
-    /// When another user of the node does not let it: see [`BlockBackend::with_permissions`].
+    /// When another user of the node does not let it, and when it is closed: see
+    /// [`BlockBackend::with_permissions`].
     #[track_caller]
     pub fn new(graph: &Arc<Graph>, node: Arc<Node>) -> BlockBackend {
         let permissions = node.for_user();
@@ -30,8 +31,9 @@ impl BlockBackend {
     /// A user of `node` that does and shares what `permissions` say.
     ///
     /// # Errors
-    /// `Conflict` when another user of the node, or of one below, does not let it; what a driver
-    /// says, `Locked` for one. Nothing has changed then.
+    /// `Conflict` when another user of the node, or of one below, does not let it; `Closed` for a node
+    /// that is closed, or is being closed; what a driver says, `Locked` for one. Nothing has changed
+    /// then.
     #[track_caller]
     pub fn with_permissions(
         graph: &Arc<Graph>,
@@ -109,6 +111,7 @@ impl BlockBackend {
     /// When the coroutine holds a graph guard; in an [`Action`](crate::Action) of the graph.
     #[track_caller]
     pub fn resize(&self, co: &Co, len: u64) -> Result<()> {
+        refuse_guard(co, "resizes");
         // So that the node does not move meanwhile.
         let _one_at_a_time = self.graph.change(co, Location::caller());
         let node = self.node();

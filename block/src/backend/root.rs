@@ -51,7 +51,14 @@ pub trait Device: Send + Sync {
     /// All nodes are being drained: when this returns nothing is new or pending outside of the main
     /// context. It may stop a thread of the device and save where in its queues it is; the device
     /// goes on after the section, with the guest's next notification (rule 5.9). Called in the main
-    /// context, without locks.
+    /// context, without locks, after `drained_begin`.
+    ///
+    /// It may wait for a thread that waits for requests: this section holds them back only once all
+    /// devices have returned. An earlier section that lasts still may hold them back: such a thread
+    /// cannot be waited for ([`BlockBackend::queued`] tells), and does nothing until both have ended.
+    /// The time that this takes counts in the section's limit, which does not interrupt it.
+    ///
+    /// [`BlockBackend::queued`]: crate::BlockBackend::queued
     fn drain_threads(&self) {}
 
     /// May the node of the backend get the home `to` (rule 8.3)? Under a lock of the graph, as
@@ -72,6 +79,8 @@ pub trait Device: Send + Sync {
 struct Gate {
     /// Rule 5.4: the node is drained, and told so through this edge.
     quiesced: bool,
+    /// Rule 5.9: requests go on until threads of devices have stopped, which may wait for them.
+    passing: bool,
     /// Rule 8.3: the node may move by the wish of others.
     moves: bool,
     /// Number of the context of which the device knows.
@@ -93,7 +102,7 @@ struct Queued {
 
 impl Gate {
     fn must_queue(&self) -> bool {
-        self.quiesced && !self.no_queueing
+        self.quiesced && !self.no_queueing && !self.passing
     }
 
     /// Lets all go on that wait. Each is counted before it is woken.
@@ -272,6 +281,13 @@ impl Root {
         self.operations.load(Ordering::SeqCst)
     }
 
+    fn device(&self) -> Option<Arc<dyn Device>> {
+        if !self.has_device.load(Ordering::Acquire) {
+            return None;
+        }
+        self.gate.lock().device.clone()
+    }
+
     /// The edge goes: what the node did through it is undone (rule 5.4).
     pub(crate) fn let_go(&self, section: &mut Section<'_>) {
         let quiesced = self.gate.lock().quiesced;
@@ -323,7 +339,7 @@ impl Drop for Waiting<'_> {
 }
 
 impl Parent for Root {
-    fn drained_begin(&self, _section: &mut Section<'_>) {
+    fn drained_begin(&self, section: &mut Section<'_>) {
         let mut gate = self.gate.lock();
         assert!(
             !gate.quiesced,
@@ -331,6 +347,7 @@ impl Parent for Root {
             self.describe()
         );
         gate.quiesced = true;
+        gate.passing = section.threads_run && gate.device.is_some();
         self.requests.set_quiesced(true);
         if let Some(member) = &gate.throttle {
             member.lift(true);
@@ -421,11 +438,31 @@ impl Parent for Root {
         Some(self)
     }
 
-    fn device(&self) -> Option<Arc<dyn Device>> {
-        if !self.has_device.load(Ordering::Acquire) {
-            return None;
+    fn stops_threads(self: Arc<Self>) -> Option<Stopping> {
+        let device = self.device()?;
+        Some(Stopping { root: self, device })
+    }
+}
+
+/// A device whose threads are to stop (rule 5.9). Once this is dropped its requests are held back.
+pub(crate) struct Stopping {
+    root: Arc<Root>,
+    device: Arc<dyn Device>,
+}
+
+impl Stopping {
+    pub(crate) fn stop_threads(&self) {
+        if !mutant!("threads of devices go on in a section") {
+            self.device.drain_threads();
         }
-        self.gate.lock().device.clone()
+    }
+}
+
+impl Drop for Stopping {
+    fn drop(&mut self) {
+        // Under the lock under which a request finds that it need not queue: one that did is in the
+        // table, and waited for.
+        self.root.gate.lock().passing = false;
     }
 }
 

@@ -22,12 +22,12 @@ pub use reopen::Reopen;
 use super::{Graph, GraphWrite};
 use crate::backend::BlockBackend;
 use crate::child::Child;
-use crate::drain::{Drain, Drained, Parent, Quiesced};
+use crate::drain::{Drain, Drained, Parent, Quiesced, refuse_guard};
 use crate::error::{Error, ErrorKind, Result};
-use crate::node::{Node, close_unused};
+use crate::node::{Node, close_if_unused};
 use crate::types::{ChildRole, Permissions};
 use coblock_aio::AioContext;
-use coblock_coroutine::{Co, Hold, ThreadLock, mutant};
+use coblock_coroutine::{Co, ThreadLock, mutant};
 use commit::commit;
 use moving::Moving;
 use reopen::Reopening;
@@ -145,6 +145,8 @@ pub struct Transaction {
     parts: Parts,
     touched: Vec<Arc<Node>>,
     limit: Option<Duration>,
+    /// What is left of the parts then is not what was asked for.
+    has_run: bool,
 }
 
 impl Transaction {
@@ -155,6 +157,7 @@ impl Transaction {
             parts: Parts::default(),
             touched: Vec::new(),
             limit: None,
+            has_run: false,
         }
     }
 
@@ -282,13 +285,14 @@ impl Transaction {
     /// Makes all the changes. From a coroutine of any context; suspends. Transactions of one graph
     /// happen one after the other.
     ///
-    /// The coroutine must have no request of its own in flight: it would wait for itself.
+    /// The coroutine must have no request of its own in flight: it would wait for itself. What failed is
+    /// put together anew: a transaction is run once.
     ///
     /// # Errors
     /// `InUse` when a node stays busy longer than [`Transaction::within`] says; `Chain` for a cycle,
     /// `Conflict` where permissions do not go together, `ReadOnly`, `Closed`, `Invalid` where a filter
-    /// would get a child of another length, else what an action or a driver said. The graph is as it
-    /// was then.
+    /// would get a child of another length and when it was run before, else what an action or a driver
+    /// said. The graph is as it was then.
     ///
     /// # Panics
     /// When the coroutine holds a graph guard; in an [`Action`] of another transaction of the graph.
@@ -298,11 +302,11 @@ impl Transaction {
     }
 
     fn run_at(&mut self, co: &Co, at: &'static Location<'static>) -> Result<()> {
-        assert_eq!(
-            co.holds(Hold::GraphRead),
-            0,
-            "rule 5.11: {co:?} changes the graph with a guard of it held"
-        );
+        refuse_guard(co, "changes the graph");
+        if std::mem::replace(&mut self.has_run, true) {
+            let message = "A transaction that was run is run again";
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
         let graph = self.graph.clone();
         let _one_at_a_time = graph.change(co, at);
         self.find_moves()?;
@@ -361,11 +365,8 @@ impl Transaction {
             }
         }
         for node in unused {
-            if node.users() > 0 {
-                continue;
-            }
             let name = node.name().to_owned();
-            if let Err(error) = close_unused(co, &graph, node) {
+            if let Err(error) = close_if_unused(co, &graph, node) {
                 // It was flushed before, so nothing that was promised is lost.
                 log::warn!("closing node '{name}', which was taken out of the graph: {error}");
             }

@@ -70,9 +70,17 @@ impl RequestTable {
 
     /// Something else ended that sections may wait for.
     pub(crate) fn kick(&self) {
+        for wake in self.take_kicked() {
+            wake.wake();
+        }
+    }
+
+    /// The same; whom the caller is to wake.
+    pub(crate) fn take_kicked(&self) -> Vec<Wake> {
         light_fence();
-        if self.waiters.any() {
-            self.wake_those(|wait| matches!(wait.target, Target::Any));
+        match self.waiters.any() {
+            true => self.take_those(|wait| matches!(wait.target, Target::Any)),
+            false => Vec::new(),
         }
     }
 }

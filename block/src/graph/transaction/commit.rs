@@ -91,6 +91,11 @@ fn move_all(
     }
     for edge in future.edges_that_come() {
         let user: Arc<dyn Parent> = edge.clone();
+        let below = edge.below();
+        if below.requests().is_closed() {
+            return Err(below.closed());
+        }
+        section.nodes.push(below);
         refuse_two_homes(&user, &edge.below(), future, section)?;
     }
     let permissions = future.prepare()?;
