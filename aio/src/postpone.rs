@@ -30,6 +30,8 @@ struct List {
     next_owner: u64,
     /// A bottom half is on its way, or runs them now.
     running: bool,
+    /// Whose action runs now.
+    runs: Option<u64>,
 }
 
 /// The actions that wait in one context.
@@ -88,14 +90,17 @@ fn run_in_order() {
         let next = {
             let mut list = context.postponed.0.lock();
             // A section may have begun since, also by the action that just ran.
+            list.runs = None;
             let disabled = context.external_disabled() > 0;
             if disabled && !mutant!("a new section keeps no postponed action") {
                 break;
             }
-            match mutant!("what was postponed last runs first") {
+            let next = match mutant!("what was postponed last runs first") {
                 true => list.actions.pop_last(),
                 false => list.actions.pop_first(),
-            }
+            };
+            list.runs = next.as_ref().map(|(_, action)| action.owner);
+            next
         };
         match next {
             Some((_, action)) => (action.run)(),
@@ -110,7 +115,10 @@ struct Running<'a>(&'a Arc<AioContext>);
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        self.0.postponed.0.lock().running = false;
+        {
+            let mut list = self.0.postponed.0.lock();
+            (list.running, list.runs) = (false, None);
+        }
         if self.0.external_disabled() == 0 {
             self.0.run_postponed();
         }
@@ -125,11 +133,18 @@ pub struct Postponer {
 }
 
 impl Postponer {
-    /// Must a request wait: are external requests disabled, or does an earlier action wait still?
-    /// Asked by a device in the home of the context, where the answer stays true until it returns.
+    /// Must a request wait: are external requests disabled, or does an earlier action wait still, or
+    /// run, of whichever owner (rule 6.4)? Asked by a device in the home of the context, where the answer
+    /// stays true until it returns. In its own action only the first counts: what waits comes later.
     pub fn must_postpone(&self) -> bool {
-        self.context.external_disabled() > 0
-            || self.waiting() > 0 && !mutant!("a request overtakes postponed ones")
+        if self.context.external_disabled() > 0 {
+            return true;
+        }
+        let list = self.context.postponed.0.lock();
+        match list.runs {
+            Some(owner) => owner != self.id,
+            None => !list.actions.is_empty() && !mutant!("a request overtakes postponed ones"),
+        }
     }
 
     /// Runs `action` from a bottom half of the context, after all that were postponed there before,

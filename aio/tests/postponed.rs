@@ -2,7 +2,7 @@
 
 mod support;
 
-use coblock_aio::{AioContext, Home};
+use coblock_aio::{AioContext, Home, Postponer};
 use coblock_coroutine::ThreadLock;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -116,6 +116,58 @@ fn rule_6_3_an_action_may_do_anything() {
     context.enable_external();
     settle(&home);
     assert_eq!(*ran.lock(), [1, 2]);
+    home.close();
+}
+
+/// Rule 6.4: order holds across owners too. When a section has ended and what one device postponed waits
+/// for its bottom half, another device that comes first does not overtake it.
+#[test]
+fn rule_6_4_nobody_overtakes_another_owner() {
+    let home = Home::new(options("none")).unwrap();
+    let context = home.context().clone();
+    let devices = ["one", "two"].map(|name| Arc::new(context.postponer(name)));
+    let ran = Ran::default();
+    /// What a device does with a request: at once if it may.
+    fn submit(device: &Arc<Postponer>, ran: &Ran, n: u32) {
+        if device.must_postpone() {
+            // It asks again when it runs.
+            let (owner, ran) = (Arc::downgrade(device), ran.clone());
+            device.postpone(move || submit(&owner.upgrade().unwrap(), &ran, n));
+        } else {
+            ran.lock().push(n);
+        }
+    }
+    context.disable_external();
+    // Before the bottom half of the section's end: they run in this order.
+    for n in 2..4 {
+        let (device, ran) = (devices[1].clone(), ran.clone());
+        context.oneshot(move || submit(&device, &ran, n));
+    }
+    for n in 0..2 {
+        submit(&devices[0], &ran, n);
+    }
+    context.enable_external();
+    assert!(devices[1].must_postpone() && devices[1].waiting() == 0);
+    settle(&home);
+    assert_eq!(*ran.lock(), [0, 1, 2, 3]);
+    // In a poll of an action that runs still.
+    context.disable_external();
+    devices[0].postpone({
+        let (device, ran) = (Arc::downgrade(&devices[1]), ran.clone());
+        move || {
+            let nested = ran.clone();
+            coblock_aio::current().unwrap().oneshot(move || {
+                submit(&device.upgrade().unwrap(), &nested, 5);
+            });
+            while coblock_aio::poll(false) {}
+            ran.lock().push(4);
+        }
+    });
+    context.enable_external();
+    settle(&home);
+    assert_eq!(*ran.lock(), [0, 1, 2, 3, 4, 5]);
+    assert!(devices.iter().all(|device| !device.must_postpone()));
+    drop(devices);
     home.close();
 }
 

@@ -373,6 +373,19 @@ impl BlockBackend {
         range: (u64, u64),
         kind: RequestKind,
     ) -> Result<Admitted<'a>> {
+        self.admit_with(co, range, kind, true)
+    }
+
+    /// The same; a request that has waited for the limits of this user before does not wait again.
+    #[inline(always)]
+    #[track_caller]
+    fn admit_with<'a>(
+        &'a self,
+        co: &'a Co,
+        range: (u64, u64),
+        kind: RequestKind,
+        keeps_to_limits: bool,
+    ) -> Result<Admitted<'a>> {
         let graph = self.graph.try_read(co)?;
         let requests = &self.root.requests;
         let request = requests.begin(graph.slot(), range.0, range.1, kind);
@@ -385,7 +398,7 @@ impl BlockBackend {
         }
         drop(request);
         drop(graph);
-        self.admit_slow(co, range, kind)
+        self.admit_slow(co, range, kind, keeps_to_limits)
     }
 
     #[cold]
@@ -396,6 +409,7 @@ impl BlockBackend {
         co: &'a Co,
         (offset, len): (u64, u64),
         kind: RequestKind,
+        keeps_to_limits: bool,
     ) -> Result<Admitted<'a>> {
         let requests = &self.root.requests;
         let mut resuming: Option<Resuming<'_>> = None;
@@ -413,7 +427,7 @@ impl BlockBackend {
         };
         drop(resuming);
         let fits = self.check_range(&graph, requests.is_closed(), offset, len);
-        if fits.is_ok() {
+        if keeps_to_limits && fits.is_ok() {
             self.root.throttle(co, kind, len);
         }
         Ok(Admitted {
@@ -424,7 +438,9 @@ impl BlockBackend {
     }
 
     /// Admits a request here and one on `to`, both or none. While it is held back at either end it
-    /// is not in flight at the other: sections of the two may wait for each other's ends otherwise.
+    /// is not in flight at the other: sections of the two may wait for each other's ends otherwise. For
+    /// the same reason it waits for the limits of `to` before it is in flight anywhere; a section of this
+    /// backend lifts only its own. It waits for limits once, however often it is held back.
     ///
     /// # Errors
     /// `Invalid` where the two are in different graphs: a guard of the one proves nothing of the other.
@@ -439,22 +455,37 @@ impl BlockBackend {
             let message = "The two ends of a copy are in different graphs";
             return Err(self.node().locate(Error::new(ErrorKind::Invalid, message)));
         }
+        let mut has_waited = false;
         loop {
             to.root.wait_until_open(co);
-            let source = self.admit(co, range, RequestKind::Read)?;
+            if !has_waited {
+                to.wait_for_limits(co, (to_offset, range.1))?;
+            }
+            let source = self.admit_with(co, range, RequestKind::Read, !has_waited)?;
+            has_waited = true;
             let slot = source.graph.slot();
             let target = to
                 .requests()
                 .begin(slot, to_offset, range.1, RequestKind::Write);
             if to.requests().is_plain() || !to.root.must_queue() {
-                let closed = to.root.requests.is_closed();
-                let fits = to.check_range(&source.graph, closed, to_offset, range.1);
-                if fits.is_ok() {
-                    to.root.throttle(co, RequestKind::Write, range.1);
-                }
                 return Ok(AdmittedBoth { target, source });
             }
         }
+    }
+
+    /// A write that is in flight nowhere waits as long as the limits say.
+    #[track_caller]
+    fn wait_for_limits(&self, co: &Co, (offset, len): (u64, u64)) -> Result<()> {
+        if self.requests().is_plain() {
+            return Ok(());
+        }
+        let graph = self.graph.try_read(co)?;
+        let fits = self.check_range(&graph, self.requests().is_closed(), offset, len);
+        drop(graph);
+        if fits.is_ok() {
+            self.root.throttle(co, RequestKind::Write, len);
+        }
+        Ok(())
     }
 
     /// What a disk checks: is it there, and does it have these bytes?

@@ -5,8 +5,10 @@ mod support;
 use coblock_aio::{ContextOptions, EngineKind, Home};
 use coblock_block::drivers::sim::{Match, SimDisk};
 use coblock_block::{
-    BlockBackend, ErrorKind, Node, Options, Perm, Permissions, Result, Transaction, close_unused,
+    BlockBackend, Child, ChildRole, Driver, Error, ErrorKind, GraphRead, Node, OpenDriver, Opening,
+    Options, Perm, Permissions, Result, Transaction, close_unused,
 };
+use coblock_coroutine::Co;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
@@ -183,4 +185,69 @@ fn an_edge_that_is_refused_counts_nobody_down() {
     assert_eq!(node.users(), 1);
     drop(node);
     end(world, Arc::new(backend));
+}
+
+/// A filter that cannot write out what it holds.
+struct OpenFull;
+
+struct Full(Arc<Child>);
+
+impl OpenDriver for OpenFull {
+    fn open(&self, co: &Co, opening: &mut Opening<'_>) -> Result<Box<dyn Driver>> {
+        let file = opening.open_child(co, "file", ChildRole::Filtered)?;
+        Ok(Box::new(Full(file)))
+    }
+}
+
+impl Driver for Full {
+    fn format(&self) -> &'static str {
+        "full"
+    }
+
+    support::requests::passes_requests_on!(0);
+
+    fn len(&self) -> u64 {
+        64 << 10
+    }
+
+    fn close(&self, _co: &Co, _graph: &GraphRead<'_>) -> Result<()> {
+        Err(Error::new(ErrorKind::OutOfMemory, "no room"))
+    }
+}
+
+/// A node that a transaction takes out and that cannot be closed is told beside the success: it was a
+/// line of the log.
+#[test]
+fn a_transaction_tells_what_it_could_not_close() {
+    for blocking in [false, true] {
+        let mut world = world();
+        world.registry.register("full", Box::new(OpenFull));
+        let (_, backend) = disk(&world, "disk");
+        let options = Options::new()
+            .with("driver", "full")
+            .with("node-name", "filter")
+            .with("file", "disk");
+        let top = open_node(&world, options).unwrap();
+        let mut transaction = Transaction::new(&world.graph);
+        world
+            .run(|co| transaction.insert(&top).run(co))
+            .expect("it is above the disk");
+        assert!(transaction.not_closed().is_empty());
+        let mut transaction = Transaction::new(&world.graph);
+        transaction.remove(&top);
+        match blocking {
+            true => world.home.with(|| transaction.run_blocking()),
+            false => world.run(|co| transaction.run(co)),
+        }
+        .expect("it is taken out");
+        let told = transaction.not_closed();
+        assert_eq!(told.len(), 1);
+        let told = told[0].to_string();
+        assert!(
+            told.contains("'filter'") && told.contains("no room"),
+            "{told}"
+        );
+        drop((transaction, top));
+        end(world, backend);
+    }
 }

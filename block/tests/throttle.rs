@@ -433,3 +433,90 @@ fn space_is_taken_through_the_filter() {
     assert!(world.graph.remove_throttle_group("group").is_some());
     world.end();
 }
+
+/// Rules 5.5, 8.1: a copy that waits for the limits of its target is not in flight on its source: a
+/// section of the source once lasted as long as they said.
+#[test]
+fn a_copy_that_waits_for_its_target_leaves_its_source_alone() {
+    let (one, two) = (SimDisk::with_contents(&[7; 4096]), SimDisk::new(4096));
+    let (world, from) = sim_world(&one, &[]);
+    let to = Arc::new(world.open(sim(&two)).unwrap());
+    let slow = ThrottleConfig {
+        bps_total: Limit::average(512),
+        ..ThrottleConfig::default()
+    };
+    to.set_throttle(Some(&group(&world, slow)));
+    let times = Times::default();
+    let copy = |name: &'static str| {
+        let (times, context, to) = (times.clone(), world.home.context().clone(), to.clone());
+        start(&world, &from, move |co, from| {
+            from.copy_range(co, 0, &to, 0, 512)?;
+            times.borrow_mut().push((context.now_ns(), name));
+            Ok(())
+        });
+    };
+    copy("first");
+    copy("second");
+    assert_eq!(
+        (times.borrow().len(), from.in_flight(), to.in_flight()),
+        (1, 0, 0)
+    );
+    let before = world.home.context().now_ns();
+    drop(world.home.with(|| from.drain_blocking()));
+    assert_eq!(world.home.context().now_ns(), before, "at once");
+    until(&world, &times, 2);
+    // The bucket holds 51.2 bytes: (512 - 51.2) / 512 s.
+    assert_eq!(*times.borrow(), [(0, "first"), (900 * MS, "second")]);
+    world.run(|co| to.close(co)).unwrap();
+    drop(to);
+    end(world, from);
+}
+
+/// Rule 8.1: a copy that its target holds back when it has waited for the limits of its source does not
+/// wait for them again, nor for those of the target.
+#[test]
+fn a_copy_that_is_held_back_pays_once() {
+    let (one, two) = (SimDisk::with_contents(&[7; 4096]), SimDisk::new(4096));
+    let (world, from) = sim_world(&one, &[]);
+    let to = Arc::new(world.open(sim(&two)).unwrap());
+    from.set_throttle(Some(&group(&world, iops(10))));
+    to.set_throttle(Some(&group(&world, iops(10))));
+    let times = Times::default();
+    let copy = |name: &'static str| {
+        let (times, context, to) = (times.clone(), world.home.context().clone(), to.clone());
+        start(&world, &from, move |co, from| {
+            from.copy_range(co, 0, &to, 0, 512)?;
+            times.borrow_mut().push((context.now_ns(), name));
+            Ok(())
+        });
+    };
+    // Two may come at once; the third waits for the limits of the target, then for no others.
+    for name in ["c0", "c1", "c2"] {
+        copy(name);
+    }
+    assert_eq!((times.borrow().len(), from.in_flight()), (2, 0));
+    // While a read stands in its way at the source the target is drained.
+    request(&world, &from, &times, "r3", 512);
+    assert_eq!((times.borrow().len(), from.in_flight()), (2, 1));
+    world.clock.as_ref().unwrap().advance(100 * MS);
+    while world.home.poll(false) {}
+    // The read has gone on, and the copy waits for the source.
+    assert_eq!((times.borrow().len(), from.in_flight()), (3, 1));
+    let section = world.home.with(|| to.drain_blocking());
+    world.clock.as_ref().unwrap().advance(100 * MS);
+    while world.home.poll(false) {}
+    assert_eq!(
+        (times.borrow().len(), from.in_flight(), to.queued()),
+        (3, 0, 1)
+    );
+    // Limits are full again if it pays again now.
+    request(&world, &from, &times, "r4", 512);
+    drop(section);
+    while world.home.poll(false) {}
+    assert_eq!(times.borrow().last(), Some(&(200 * MS, "c2")));
+    until(&world, &times, 5);
+    assert_eq!(times.borrow().last(), Some(&(300 * MS, "r4")));
+    world.run(|co| to.close(co)).unwrap();
+    drop(to);
+    end(world, from);
+}

@@ -147,6 +147,7 @@ pub struct Transaction {
     limit: Option<Duration>,
     /// What is left of the parts then is not what was asked for.
     has_run: bool,
+    not_closed: Vec<Error>,
 }
 
 impl Transaction {
@@ -158,6 +159,7 @@ impl Transaction {
             touched: Vec::new(),
             limit: None,
             has_run: false,
+            not_closed: Vec::new(),
         }
     }
 
@@ -292,7 +294,8 @@ impl Transaction {
     /// `InUse` when a node stays busy longer than [`Transaction::within`] says; `Chain` for a cycle,
     /// `Conflict` where permissions do not go together, `ReadOnly`, `Closed`, `Invalid` where a filter
     /// would get a child of another length and when it was run before, else what an action or a driver
-    /// said. The graph is as it was then.
+    /// said. The graph is as it was then. A node that was taken out and could not be closed properly is no
+    /// error of the transaction, which has happened: [`Transaction::not_closed`].
     ///
     /// # Panics
     /// When the coroutine holds a graph guard; in an [`Action`] of another transaction of the graph.
@@ -368,7 +371,9 @@ impl Transaction {
             let name = node.name().to_owned();
             if let Err(error) = close_if_unused(co, &graph, node) {
                 // It was flushed before, so nothing that was promised is lost.
-                log::warn!("closing node '{name}', which was taken out of the graph: {error}");
+                let error = error.context(format_args!("Could not close node '{name}'"));
+                log::warn!("a node that was taken out of the graph: {error}");
+                self.not_closed.push(error);
             }
         }
         drop(sections);
@@ -385,7 +390,7 @@ impl Transaction {
     /// # Panics
     /// In a coroutine, and elsewhere than in the home of the main context.
     #[track_caller]
-    pub fn run_blocking(mut self) -> Result<()> {
+    pub fn run_blocking(&mut self) -> Result<()> {
         let graph = self.graph.clone();
         let (wait, main) = (graph.wait(), graph.main_context());
         assert!(
@@ -396,18 +401,29 @@ impl Transaction {
         );
         let ended = Arc::new(ThreadLock::new(None));
         let at = Location::caller();
+        let mut running = std::mem::replace(self, Transaction::new(&graph));
+        // Should it not come back.
+        self.has_run = true;
         let started = coblock_aio::spawn("transaction", {
             let (ended, wait) = (ended.clone(), wait.clone());
             move |co| {
-                let result = self.run_at(co, at);
-                *ended.lock() = Some(result);
+                let result = running.run_at(co, at);
+                *ended.lock() = Some((result, running));
                 wait.kick();
             }
         });
         started.map_err(|error| Error::new(ErrorKind::OutOfMemory, error.to_string()))?;
         wait.wait_while(main, || ended.lock().is_none());
-        let result = ended.lock().take();
-        result.expect("it has ended")
+        let (result, run) = ended.lock().take().expect("it has ended");
+        *self = run;
+        result
+    }
+
+    /// After [`Transaction::run`]: why nodes that it took out of the graph could not be closed properly.
+    /// What was flushed is there; what a driver writes only when it is closed may not be: an image may
+    /// be marked as in use still, or have leaked clusters.
+    pub fn not_closed(&self) -> &[Error] {
+        &self.not_closed
     }
 
     /// Nobody notices it: all that was to move is there already.

@@ -101,7 +101,7 @@ pub const ALL: &[(Area, &str, &str, &str)] = &[
     (
         Sections,
         "threads of devices go on in a section",
-        "block/drain_users",
+        "block/drain_devices",
         "rule_5_9_threads_of_devices_stop",
     ),
     (
