@@ -193,68 +193,6 @@ fn rule_5_5_callbacks_and_copies_are_held_back() {
     end(world, from);
 }
 
-/// Rule 5.9: a device with a thread of its own stops it, keeps where it was in its queue, and goes
-/// on from there with the guest's next notification.
-#[test]
-fn rule_5_9_threads_of_devices_stop() {
-    struct Queue {
-        /// Position in the guest's queue, kept over sections.
-        position: AtomicU32,
-        running: ThreadLock<Option<std::thread::JoinHandle<()>>>,
-        stop: AtomicBool,
-    }
-    impl Device for Queue {
-        fn drain_threads(&self) {
-            self.stop.store(true, Ordering::Relaxed);
-            let thread = self.running.lock().take();
-            if let Some(thread) = thread {
-                thread.join().unwrap();
-            }
-        }
-    }
-    fn notify(device: &Arc<Queue>, backend: &Arc<BlockBackend>) {
-        device.stop.store(false, Ordering::Relaxed);
-        let (queue, backend) = (device.clone(), backend.clone());
-        let thread = std::thread::spawn(move || {
-            let home = Home::new(ContextOptions {
-                engine: EngineKind::None,
-                ..ContextOptions::named("vring")
-            })
-            .unwrap();
-            while !queue.stop.load(Ordering::Relaxed) {
-                home.run(|co| read_sector(co, &backend)).unwrap();
-                queue.position.fetch_add(1, Ordering::Relaxed);
-            }
-            home.close();
-        });
-        *device.running.lock() = Some(thread);
-    }
-    let world = World::with_engine(EngineKind::None);
-    let backend = null(&world, 0);
-    // Its requests are not held back: only stopping the thread stops them.
-    backend.set_request_queueing(false);
-    let device = Arc::new(Queue {
-        position: AtomicU32::new(0),
-        running: ThreadLock::new(None),
-        stop: AtomicBool::new(true),
-    });
-    backend.set_device(Some(device.clone()));
-    let mut before = 0;
-    for _ in 0..3 {
-        notify(&device, &backend);
-        while device.position.load(Ordering::Relaxed) < before + 10 {
-            std::thread::yield_now();
-        }
-        let section = world.home.with(|| world.graph.drain_blocking());
-        assert!(device.running.lock().is_none());
-        assert_eq!(backend.in_flight(), 0);
-        before = device.position.load(Ordering::Relaxed);
-        drop(section);
-    }
-    backend.set_device(None);
-    end(world, backend);
-}
-
 /// A backend that is closed in a section lets those go that wait, with an error.
 #[test]
 fn closing_in_a_section_ends_who_waits() {
