@@ -22,13 +22,13 @@ pub(crate) use section::{InSection, Section};
 use crate::backend::Stopping;
 use crate::graph::{End, Graph};
 use crate::node::Node;
-use crate::request_table::{RequestTable, Wake};
+use crate::request_table::RequestTable;
+use crate::sync::heavy_fence;
 use crate::types::{ChildRole, Permissions};
 use coblock_aio::AioContext;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
-use std::thread::ThreadId;
 
 /// A user of a node, as the node sees it: an edge to a node above, or a backend (rule 5.1).
 ///

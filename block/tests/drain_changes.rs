@@ -3,7 +3,7 @@
 
 mod support;
 
-use coblock_aio::{ContextOptions, EngineKind, Home, IoThread};
+use coblock_aio::{ContextOptions, EngineKind, Home};
 use coblock_block::drivers::sim::{Match, SimDisk};
 use coblock_block::{BlockBackend, Drain, Drained, ErrorKind, Transaction};
 use coblock_coroutine::Co;

@@ -5,14 +5,13 @@ mod support;
 
 use coblock_aio::{Clock, ContextOptions, EngineKind, Home};
 use coblock_block::drivers::sim::SimDisk;
-use coblock_block::{BlockBackend, Device, Drain, ErrorKind};
-use coblock_coroutine::ThreadLock;
+use coblock_block::{Drain, ErrorKind};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
-use support::{PLAIN, World, end, null, read_sector, settle, sim, sim_world, start};
+use support::{PLAIN, end, read_sector, settle, sim, sim_world, start};
 
 /// Rule 5.5: requests wait in order, are not in flight meanwhile, and go on when the last section
 /// has ended.
