@@ -193,6 +193,7 @@ fn rule_8_2_a_failed_reopen_leaves_every_image_as_it_was() {
     transaction.reopen(&disk.node(), to.clone());
     transaction.reopen(&other.node(), to.clone());
     f.home.run(|co| transaction.run(co)).unwrap_err();
+    drop(transaction);
     second.clear_faults();
     for (disk, before) in [&disk, &other].into_iter().zip(&before) {
         assert!(Arc::ptr_eq(&disk.node().driver(), before));
@@ -201,9 +202,11 @@ fn rule_8_2_a_failed_reopen_leaves_every_image_as_it_was() {
     assert!(disk.node().passes_discards());
     f.write(&disk, CLUSTER, CLUSTER, 0x67);
     f.write(&other, CLUSTER, CLUSTER, 0x78);
+    let mut transaction = Transaction::new(&f.graph);
     transaction.reopen(&disk.node(), to.clone());
     transaction.reopen(&other.node(), to);
     f.home.run(|co| transaction.run(co)).unwrap();
+    drop(transaction);
     assert!(!Arc::ptr_eq(&disk.node().driver(), &before[0]));
     assert_eq!(f.read(&disk, CLUSTER - 1, 2), [0x66, 0x67]);
     assert_eq!(f.read(&other, CLUSTER - 1, 2), [0x77, 0x78]);

@@ -119,6 +119,7 @@ fn space_goes_back_by_class() {
         // The L1 table moves: 513 tables do not fit its cluster.
         let size = 513 * 512 * CLUSTER;
         f.home.run(|co| disk.truncate(co, size, true)).unwrap();
+        f.flush(&disk);
         let given: Vec<u64> = (f.disk.log().iter())
             .filter_map(|entry| match entry {
                 LogEntry::Zero { offset, len } => Some((*offset, *len)),
