@@ -471,8 +471,8 @@ impl History {
                 Content::Foreign => ids.iter().any(|id| racing(&self.writes[index(*id)])),
                 Content::Zero => ids.iter().any(|id| self.zeros(*id, unit) && allowed(*id)),
                 Content::Stamp(0) => {
-                    self.base[unit] && allowed(0)
-                        || unit < self.backing && ids.iter().any(|id| shows(*id))
+                    let below = unit < self.backing || self.layered && self.base[unit];
+                    self.base[unit] && allowed(0) || below && ids.iter().any(|id| shows(*id))
                 }
                 Content::Stamp(id) => {
                     let below = |cut: &WriteId| self.layered && *cut > id && shows(*cut);

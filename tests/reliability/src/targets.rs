@@ -19,6 +19,7 @@ use super::sim;
 use super::soundness;
 
 pub mod compressed;
+pub mod damaged;
 
 /// In memory, in real time: compressed clusters are inflated by threads.
 fn session() -> Session {
@@ -42,7 +43,8 @@ fn told<T>(result: &block::Result<T>) -> String {
     }
 }
 
-/// Bytes as an image: described, checked, opened, read, written, flushed, closed.
+/// Bytes as an image: described, checked, opened, read, written, flushed, closed; and data that was
+/// sound is there afterwards.
 ///
 /// # Panics
 /// A finding.
@@ -64,6 +66,7 @@ pub fn open(bytes: &[u8]) -> String {
         signature.push_str(&format!("|{}", told(&used)));
     }
     session.end();
+    damaged::keeps(bytes);
     signature
 }
 

@@ -184,6 +184,29 @@ fn what_was_cut_off_is_gone() {
     assert!(h.len_after_power_cut(7, 0).is_err());
 }
 
+/// Where snapshots are taken a disk that was made shorter may show what a lower image has, until that
+/// is durable: what was there before the run, too.
+#[test]
+fn a_cut_off_overlay_shows_what_lies_below() {
+    for layered in [true, false] {
+        let mut h = History::new(4096, UNIT, 9);
+        h.set_layered(layered);
+        h.set_initial(0, &unit(Some(0)));
+        let one = write(&mut h, 1);
+        h.end_write(one);
+        let began = h.begin_flush();
+        h.end_flush(began, 2);
+        let cut = h.begin_resize(0, 3);
+        h.end_write(cut);
+        let ok = |h: &History, log, id| h.after_power_cut(log, 0, &unit(id)).is_ok();
+        assert_eq!(ok(&h, 4, Some(0)), layered);
+        assert!(ok(&h, 4, Some(one)) && ok(&h, 4, None));
+        let began = h.begin_flush();
+        h.end_flush(began, 5);
+        assert!(ok(&h, 5, None) && !ok(&h, 5, Some(0)) && !ok(&h, 5, Some(one)));
+    }
+}
+
 /// A write with the flag that says so is durable when it ends, and one that was refused is not
 /// there.
 #[test]
