@@ -240,6 +240,80 @@ fn rule_8_1_members_in_several_contexts() {
     end(world, backend);
 }
 
+/// Rule 8.1: one group of three disks, each used in a context of its own, under each of the six limits:
+/// ten requests a second, to the nanosecond, members in turn, and each goes on where it was sent.
+#[test]
+fn rule_8_1_a_group_of_disks_in_several_contexts() {
+    let (ops, bytes) = (Limit::average(10), Limit::average(10 * 512));
+    let limits: [(&str, fn(&mut ThrottleConfig) -> &mut Limit, Limit, bool); 8] = [
+        ("iops-total, reads", |c| &mut c.iops_total, ops, false),
+        ("iops-total, writes", |c| &mut c.iops_total, ops, true),
+        ("iops-read", |c| &mut c.iops_read, ops, false),
+        ("iops-write", |c| &mut c.iops_write, ops, true),
+        ("bps-total, reads", |c| &mut c.bps_total, bytes, false),
+        ("bps-total, writes", |c| &mut c.bps_total, bytes, true),
+        ("bps-read", |c| &mut c.bps_read, bytes, false),
+        ("bps-write", |c| &mut c.bps_write, bytes, true),
+    ];
+    for (name, of, limit, writes) in limits {
+        let (world, first) = sim_world(&SimDisk::new(4096), &[]);
+        let open = || Arc::new(world.open(sim(&SimDisk::new(4096))).unwrap());
+        let backends = [first, open(), open()];
+        let clock = world.clock.clone().unwrap();
+        let homes = [0, 1, 2].map(|n| {
+            Home::new(ContextOptions {
+                engine: EngineKind::None,
+                clock: Clock::Virtual(clock.clone()),
+                ..ContextOptions::named(format!("queue {n}"))
+            })
+            .unwrap()
+        });
+        let mut config = ThrottleConfig::default();
+        *of(&mut config) = limit;
+        let group = group(&world, config);
+        for backend in &backends {
+            backend.set_throttle(Some(&group));
+        }
+        let ended = Rc::new(RefCell::new(Vec::new()));
+        for _ in 0..2 {
+            for (n, (home, backend)) in homes.iter().zip(&backends).enumerate() {
+                let (backend, ended) = (backend.clone(), ended.clone());
+                home.spawn("request", move |co| {
+                    match writes {
+                        true => backend.pwrite(co, 0, &[0; 512][..], PLAIN).unwrap(),
+                        false => backend.pread(co, 0, &mut [0; 512][..]).unwrap(),
+                    }
+                    assert_eq!(coblock_aio::current().unwrap().name(), format!("queue {n}"));
+                    ended.borrow_mut().push(n);
+                });
+            }
+        }
+        let began = clock.now_ns();
+        let ended_at = |ns| {
+            clock.advance_to(ns);
+            while homes.iter().fold(false, |any, home| home.poll(false) | any) {}
+            ended.borrow().clone()
+        };
+        let mut expected = vec![0, 1];
+        assert_eq!(ended_at(began), expected, "{name}");
+        for (nth, member) in [2, 0, 1, 2].into_iter().enumerate() {
+            let due = began + (nth as u64 + 1) * 100 * MS;
+            assert_eq!(ended_at(due - 1), expected, "{name}: a nanosecond early");
+            expected.push(member);
+            assert_eq!(ended_at(due), expected, "{name}: {due}");
+        }
+        let [first, others @ ..] = backends;
+        for backend in others {
+            world.run(|co| backend.close(co)).unwrap();
+        }
+        for home in homes {
+            home.close();
+        }
+        drop(group);
+        end(world, first);
+    }
+}
+
 /// Rule 8.1: who is unwound while it waits leaves nothing behind in its context: the next one waits in
 /// its own.
 #[test]
