@@ -155,6 +155,8 @@ struct Watch {
     hits: RefCell<Vec<DiskOp>>,
     /// A flush failed since the image was opened.
     flush_failed: Cell<bool>,
+    /// No two requests of the script are in flight at once.
+    one_by_one: bool,
     /// An error at a request that no fault had hit.
     wrong: RefCell<Option<String>>,
 }
@@ -293,7 +295,10 @@ pub fn large(seed: u64) -> Script {
 /// # Errors
 /// What an oracle says.
 pub fn judge_failure(judge: &Judge, script: &Script, failure: Failure) -> Verdict<bool> {
-    let watch = Rc::new(Watch::default());
+    let watch = Rc::new(Watch {
+        one_by_one: script.setting.in_flight == 1,
+        ..Watch::default()
+    });
     let seen = watch.clone();
     let stage = Stage {
         // One run in four: it costs as much as the run.
@@ -382,7 +387,14 @@ impl Watch {
         } else if hits.iter().any(|(_, op)| *op == DiskOp::Flush) {
             self.flush_failed.set(true);
         }
-        let Some(error) = error else { return };
+        let Some(error) = error else {
+            // With others in flight it may have begun before the one that failed.
+            if op == Op::Flush && self.flush_failed.get() && self.one_by_one {
+                let why = "a flush succeeded after one had failed".to_string();
+                self.wrong.borrow_mut().get_or_insert(why);
+            }
+            return;
+        };
         // Poison: what is in memory and what is in the file may differ.
         let poisoned = error.kind() == ErrorKind::Poisoned;
         // An image that could not be opened again is closed for all that come.
