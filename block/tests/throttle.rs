@@ -244,8 +244,10 @@ fn rule_8_1_members_in_several_contexts() {
 /// ten requests a second, to the nanosecond, members in turn, and each goes on where it was sent.
 #[test]
 fn rule_8_1_a_group_of_disks_in_several_contexts() {
+    /// Which limit of a group.
+    type Of = fn(&mut ThrottleConfig) -> &mut Limit;
     let (ops, bytes) = (Limit::average(10), Limit::average(10 * 512));
-    let limits: [(&str, fn(&mut ThrottleConfig) -> &mut Limit, Limit, bool); 8] = [
+    let limits: [(&str, Of, Limit, bool); 8] = [
         ("iops-total, reads", |c| &mut c.iops_total, ops, false),
         ("iops-total, writes", |c| &mut c.iops_total, ops, true),
         ("iops-read", |c| &mut c.iops_read, ops, false),
